@@ -1,0 +1,293 @@
+"""The base of every result: a table, arrays, verdicts, provenance; saved atomically, reloaded equal.
+
+A run folder holds ``report.json`` (schema number, kind, config, versions, input hashes, verdicts,
+hashes of the other files), ``arrays.safetensors``, ``table.parquet`` and one further
+``table_NAME.parquet`` per extra table, and ``config.yaml``, which replays it. It is written under a
+temporary name and renamed; a killed run leaves no folder that loads. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from mi_weightspace.core.errors import OutputError
+from mi_weightspace.core.verdict import Verdict, Word
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    from torch import Tensor
+
+SCHEMA = 1
+_REGISTRY: dict[str, type[Report]] = {}
+_PACKAGES = ("mi-weightspace", "torch", "transformers", "transformer_lens", "nnsight", "sae_lens")
+
+
+def library_versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    """Base class; subclasses set `kind` and override `plot`.
+
+    Attributes:
+        table: tidy, one observation a row.
+        tables: further tables by name.
+        arrays: tensors by name.
+        verdicts: every verdict with its evidence.
+        config: the arguments that rerun it (plain JSON values).
+        inputs: name -> hash of each model, prompt set and direction used.
+        reservations: sentences that hold for the whole result.
+        timings: seconds by step.
+        versions: library versions.
+    """
+
+    kind: ClassVar[str] = "report"
+
+    table: pd.DataFrame
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    reservations: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=library_versions)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        assert cls.kind not in _REGISTRY or _REGISTRY[cls.kind].__qualname__ == cls.__qualname__, (
+            f"report kind {cls.kind!r} is taken by {_REGISTRY[cls.kind]}"
+        )
+        _REGISTRY[cls.kind] = cls
+
+    # ---- reading ---------------------------------------------------------------------------
+    def to_pandas(self) -> pd.DataFrame:
+        """A copy of the main table: tidy, one observation a row."""
+        return self.table.copy()
+
+    def plot(self) -> go.Figure:
+        """A plotly figure; never shown by itself."""
+        raise NotImplementedError(f"{type(self).__name__} has no figure")
+
+    def summary(self) -> str:
+        """At most ten lines: kind, size, verdicts, reservations."""
+        lines = [f"{type(self).__name__}: {len(self.table)} rows"]
+        lines += [f"  {verdict}" for verdict in self.verdicts[:6]]
+        if len(self.verdicts) > 6:
+            lines.append(f"  … {len(self.verdicts) - 6} more verdicts")
+        lines += [f"  ! {text}" for text in self.reservations[: 9 - len(lines)]]
+        return "\n".join(lines[:10])
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        body = f"<pre>{html.escape(self.summary())}</pre>"
+        return body + self.table.head(20).to_html(index=False, escape=True, float_format="%.3g")
+
+    # ---- files -----------------------------------------------------------------------------
+    def save(self, folder: str | Path) -> Path:
+        """Write the run folder; returns its path.
+
+        Raises:
+            OutputError: the folder already holds a run, holds other files, or cannot be written.
+        """
+        target = Path(folder)
+        check_output(target)
+        staging = target.parent / f".{target.name}.{os.getpid()}.{time.time_ns()}.partial"
+        try:
+            staging.mkdir(parents=True)
+            self._write(staging)
+            if target.exists():  # empty, by check_output
+                target.rmdir()
+            staging.rename(target)
+        except OSError as error:
+            raise OutputError(
+                f"output folder {target}",
+                given=f"{type(error).__name__}: {error}",
+                expected="a folder that can be created and written",
+                remedy="Choose another --out, or free space.",
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return target
+
+    def _write(self, folder: Path) -> None:
+        import yaml
+        from safetensors.torch import save_file
+
+        arrays = {k: v.detach().cpu().contiguous().clone() for k, v in self.arrays.items()}
+        save_file(arrays, folder / "arrays.safetensors")
+        self.table.to_parquet(folder / "table.parquet", index=False)
+        for name, frame in self.tables.items():
+            frame.to_parquet(folder / f"table_{name}.parquet", index=False)
+        replay = {"kind": self.kind, "config": dict(self.config)}
+        (folder / "config.yaml").write_text(yaml.safe_dump(replay, sort_keys=False))
+        files = {p.name: _file_hash(p) for p in sorted(folder.iterdir())}
+        record = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "config": dict(self.config),
+            "inputs": dict(self.inputs),
+            "verdicts": [asdict(v) for v in self.verdicts],
+            "reservations": list(self.reservations),
+            "timings": dict(self.timings),
+            "versions": dict(self.versions),
+            "tables": sorted(self.tables),
+            "files": files,
+        }
+        text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=True)
+        (folder / "report.json").write_text(text)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a run folder back; equal to what was saved.
+
+        Raises:
+            OutputError: no run there, a hash that differs, another kind, or a newer schema.
+        """
+        report = load_report(folder)
+        if not isinstance(report, cls):
+            raise OutputError(
+                f"run folder {folder}",
+                given=f"a {report.kind!r} run",
+                expected=f"a {cls.kind!r} run",
+                remedy="Use mi_weightspace.load_report, which reads any kind.",
+            )
+        return report
+
+    def equals(self, other: Report) -> bool:
+        """Same kind, tables, arrays, verdicts, config, inputs and reservations."""
+        import torch
+
+        if type(self) is not type(other) or set(self.arrays) != set(other.arrays):
+            return False
+        same_arrays = all(torch.equal(self.arrays[k].cpu(), other.arrays[k]) for k in self.arrays)
+        same_tables = set(self.tables) == set(other.tables) and all(
+            self.tables[k].equals(other.tables[k]) for k in self.tables
+        )
+        return (
+            same_arrays
+            and same_tables
+            and self.table.equals(other.table)
+            and _plain(self) == _plain(other)
+        )
+
+
+def _plain(report: Report) -> str:
+    record = [
+        [asdict(v) for v in report.verdicts],
+        dict(report.config),
+        dict(report.inputs),
+        list(report.reservations),
+    ]
+    return json.dumps(record, sort_keys=True)
+
+
+def check_output(target: Path) -> None:
+    """Refuse an output folder before any work is done for it."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "a folder that already holds a run" if (target / "report.json").exists() else "taken"
+        raise OutputError(
+            f"output folder {target}",
+            given=what,
+            expected="a new or empty folder",
+            remedy="Choose another --out; runs are never overwritten.",
+        )
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise OutputError(
+            f"output folder {target}",
+            given=f"{parent}, which is not writable",
+            expected="a writable parent folder",
+            remedy="Choose another --out.",
+        )
+
+
+def load_report(folder: str | Path) -> Report:
+    """Read any run folder; its kind decides the class.
+
+    Raises:
+        OutputError: no run there, a missing or altered file, or an unknown kind or schema.
+    """
+    import pandas as pd
+    from safetensors.torch import load_file
+
+    path = Path(folder)
+    record_path = path / "report.json"
+    if not record_path.is_file():
+        raise OutputError(
+            f"run folder {path}",
+            given="no report.json",
+            expected="a folder written by Report.save",
+            remedy="Check the path; an interrupted run leaves no folder.",
+        )
+    record = json.loads(record_path.read_text())
+    if record["schema"] > SCHEMA or record["kind"] not in _known_kinds():
+        raise OutputError(
+            f"run folder {path}",
+            given=f"kind {record['kind']!r}, schema {record['schema']}",
+            expected=f"a kind of {sorted(_REGISTRY)}, schema ≤ {SCHEMA}",
+            remedy="Update mi-weightspace.",
+        )
+    for name, digest in record["files"].items():
+        file = path / name
+        if not file.is_file() or _file_hash(file) != digest:
+            raise OutputError(
+                f"run folder {path}",
+                given=f"{name} missing or altered",
+                expected=f"the file saved with SHA-256 {digest[:12]}…",
+                remedy="Copy the folder again, or rerun it with `mi-weightspace replay`.",
+            )
+    return _REGISTRY[record["kind"]](
+        table=pd.read_parquet(path / "table.parquet"),
+        tables={n: pd.read_parquet(path / f"table_{n}.parquet") for n in record["tables"]},
+        arrays=load_file(path / "arrays.safetensors"),
+        verdicts=tuple(
+            Verdict(Word(v["word"]), v["subject"], v["evidence"], tuple(v["reservations"]))
+            for v in record["verdicts"]
+        ),
+        config=record["config"],
+        inputs=record["inputs"],
+        reservations=tuple(record["reservations"]),
+        timings=record["timings"],
+        versions=record["versions"],
+    )
+
+
+def _known_kinds() -> dict[str, type[Report]]:
+    """Kinds register when their module is imported; import those this distribution ships."""
+    import importlib
+
+    for module in REPORT_MODULES:
+        importlib.import_module(module)
+    return _REGISTRY
+
+
+REPORT_MODULES: tuple[str, ...] = ()
+"""Modules that define Report subclasses, by name: `core` never imports upward in code."""
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
