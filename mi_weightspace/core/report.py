@@ -1,4 +1,4 @@
-"""The base of every result: a table, arrays, verdicts, provenance; saved atomically, reloaded equal.
+"""The base of every result: table, arrays, verdicts, provenance; saved atomically.
 
 A run folder holds ``report.json`` (schema number, kind, config, versions, input hashes, verdicts,
 hashes of the other files), ``arrays.safetensors``, ``table.parquet`` and one further
@@ -190,6 +190,9 @@ class Report:
             and self.table.equals(other.table)
             and _plain(self) == _plain(other)
         )
+
+
+_REGISTRY[Report.kind] = Report
 
 
 def _plain(report: Report) -> str:

@@ -1,0 +1,37 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Everything lives in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+SEED ?= 0
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench notebooks clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mi-weightspace needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/mi-weightspace demo --out $(OUT) --seed $(SEED)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests -m 'not slow and not gpu'
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest tests -m 'quick and not slow'
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/svd_diff.py
+	$(BIN)/python benchmarks/activation_stats.py
+
+notebooks: $(STAMP)
+	$(BIN)/jupytext --to ipynb --execute --output notebooks/walkthrough.ipynb experiments/walkthrough.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
