@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -46,7 +46,6 @@ class RunResult:
     captured: Mapping[str, Float[Tensor, "batch tokens d"]]
 
 
-@runtime_checkable
 class Lens(Protocol):
     """A live model. The wrapped object is never left changed.
 
@@ -59,13 +58,20 @@ class Lens(Protocol):
         model: the user's own object.
     """
 
-    shape: ModelShape
-    tokenizer: Any
-    fingerprint: str
-    convention: str
-    device: torch.device
-    dtype: torch.dtype
-    model: Any
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def convention(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def model(self) -> Any: ...
 
     def sites(self, select: str | Sequence[str] | None = None) -> list[Site]: ...
 

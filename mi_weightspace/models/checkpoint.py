@@ -1,0 +1,196 @@
+"""Reading safetensors folders tensor by tensor: no model instantiated, nothing unpickled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mi_weightspace.core.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFolder:
+    """The tensors of one checkpoint folder, by key.
+
+    Attributes:
+        path: the folder.
+        where: key -> file that holds it.
+    """
+
+    path: Path
+    where: dict[str, Path]
+
+    @classmethod
+    def open(cls, path: str | Path) -> TensorFolder:
+        """Index a folder; every named file is opened once, so that a damaged shard shows now.
+
+        Raises:
+            CheckpointError: no safetensors, legacy pickles, a missing or truncated shard, an index
+                that names an absent file or tensor.
+        """
+        folder = Path(path)
+        index = folder / INDEX
+        if index.is_file():
+            wanted = json.loads(index.read_text())["weight_map"]
+            files = {name: folder / file for name, file in wanted.items()}
+        elif (folder / SINGLE).is_file():
+            files = dict.fromkeys(_keys(folder / SINGLE), folder / SINGLE)
+        else:
+            raise _no_weights(folder)
+        for file in sorted(set(files.values())):
+            if not file.is_file():
+                raise CheckpointError(
+                    f"checkpoint {folder}",
+                    given=f"an index naming {file.name}, which is not there",
+                    expected="every shard of the index",
+                    remedy="Download or copy the missing shard.",
+                )
+            held = set(_keys(file))
+            absent = [k for k, f in files.items() if f == file and k not in held]
+            if absent:
+                raise CheckpointError(
+                    f"shard {file}",
+                    given=f"no tensor {absent[0]!r}",
+                    expected="the tensors the index puts there",
+                    remedy="The index and the shards are of different saves; copy them again.",
+                )
+        return cls(folder, files)
+
+    def get(self, key: str) -> Tensor:
+        """One tensor in its storage precision (memory-mapped: pages are read when touched)."""
+        file = self.where[key]
+        try:
+            with safe_open(file, "pt") as handle:
+                return handle.get_tensor(key)
+        except SafetensorError as error:
+            raise _damaged(file, error) from error
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as handle:
+            return list(handle.keys())
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: SafetensorError) -> CheckpointError:
+    return CheckpointError(
+        f"shard {file}",
+        given=f"a damaged or truncated file ({error})",
+        expected="a complete safetensors file",
+        remedy="Download or copy it again.",
+    )
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    legacy = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+    if legacy:
+        return CheckpointError(
+            f"checkpoint {folder}",
+            given=f"{legacy[0]}, a pickle file, which can run code when loaded",
+            expected="safetensors",
+            remedy="Convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW_FOLDER).",
+        )
+    there = "an empty folder" if folder.is_dir() else "no such folder"
+    return CheckpointError(
+        f"checkpoint {folder}",
+        given="no model.safetensors and no index" if _any(folder) else there,
+        expected="a folder written by save_pretrained, or a hub id",
+        remedy="Check the path.",
+    )
+
+
+def _any(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as a dict.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"checkpoint {folder}",
+            given="no config.json" if folder.is_dir() else "no such folder",
+            expected="a folder written by save_pretrained, or a hub id",
+            remedy="Check the path.",
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"file {file}",
+            given=f"text that is not JSON ({error})",
+            expected="the configuration written by save_pretrained",
+            remedy="Copy it again.",
+        ) from error
+
+
+def resolve(model: str | Path) -> Path:
+    """A local folder as it is; a hub id downloaded (safetensors, configuration, tokenizer only).
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be reached.
+    """
+    path = Path(model).expanduser()
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise CheckpointError(
+                f"model {str(model)!r}",
+                given="no such folder",
+                expected="a local folder (save_pretrained) or a hub id ORGANISATION/NAME",
+                remedy="Check the path.",
+            )
+        return path
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "tokenizer*", "*.model"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"model {str(model)!r}",
+            given=f"no local folder of that name, and the hub answered: {type(error).__name__}",
+            expected="a local folder (save_pretrained) or a reachable hub id",
+            remedy="Check the name, the network and your access token.",
+        ) from error
+    return Path(found)
+
+
+def refuse_non_finite(tensor: Tensor, name: str, where: str) -> Tensor:
+    """The tensor, or a refusal that names it."""
+    if tensor.dtype not in _FLOAT:
+        raise CheckpointError(
+            f"tensor {name} of {where}",
+            given=f"dtype {tensor.dtype}",
+            expected="float32, bfloat16 or float16",
+            remedy="Use the unquantised checkpoint.",
+        )
+    # the sum is non-finite if any entry is; entry-wise only then (one pass over the usual case)
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"tensor {name} of {where}",
+            given=f"{bad} NaN or infinite entries",
+            expected="finite weights",
+            remedy="The checkpoint is damaged or its training diverged; use another.",
+        )
+    return tensor
