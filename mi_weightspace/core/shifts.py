@@ -112,7 +112,7 @@ def cluster_signs(
 
 def _quadratic(
     gram_: Float[Tensor, "*batch n n"], vectors: Float[Tensor, "b n"]
-) -> Float[Tensor, b * batch]:
+) -> Float[Tensor, "b ..."]:
     """``vᵀ G v`` for every row v, in chunks of bounded memory."""
     batch, n = gram_.shape[:-2], gram_.shape[-1]
     flat = gram_.reshape(-1, n, n)
@@ -128,14 +128,14 @@ def _quadratic(
 
 def sign_flip_norms(
     gram_: Float[Tensor, "*batch n n"], signs: Float[Tensor, "b n"]
-) -> Float[Tensor, b * batch]:
+) -> Float[Tensor, "b ..."]:
     """‖mean_i s_i D_i‖ for every row of signs; the same signs serve every point and contrast."""
     return _quadratic(gram_, signs).sqrt() / gram_.shape[-1]
 
 
 def bootstrap_norms(
     gram_: Float[Tensor, "*batch n n"], weights: Float[Tensor, "b n"]
-) -> Float[Tensor, b * batch]:
+) -> Float[Tensor, "b ..."]:
     """‖Σ w_i D_i / Σ w_i‖ for every row of weights (see `core.stats.cluster_weights`)."""
     totals = weights.sum(dim=1).to(gram_.dtype)
     draws = _quadratic(gram_, weights).sqrt()
@@ -146,7 +146,7 @@ def recentred_norm_sq(
     gram_: Float[Tensor, "*batch n n"],
     weights: Float[Tensor, "b n"],
     clusters: Int[Tensor, " n"] | None = None,
-) -> Float[Tensor, b * batch]:
+) -> Float[Tensor, "b ..."]:
     """Bootstrap draws of ``‖Δμ‖²`` less the sampling variance that resampling adds.
 
     The draws of ‖Δμ*‖² lie around ``‖Δμ‖² + tr(S_D)/n``. Taking the surplus off centres them on the
@@ -177,8 +177,7 @@ def studentised_max_p(
     single = (1 + (t[1:] >= threshold).sum(0)).double() / (draws + 1)
     largest = t[1:].max(dim=1).values
     joint = (1 + (largest[:, None] >= threshold).sum(0)).double() / (draws + 1)
-    one = torch.ones_like(single)
-    return torch.where(dead, one, single), torch.where(dead, one, joint)
+    return single, joint
 
 
 # ---- difference in differences -------------------------------------------------------------
