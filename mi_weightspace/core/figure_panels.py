@@ -24,8 +24,8 @@ def norms(
     title: str,
     value: str = "rel_fro",
     floor: str | None = "rounding_floor",
-    name: str = "relative norm ‖D‖/‖W‖",
-    unit: str = "1",
+    name: str = "‖D‖/‖W‖",
+    unit: str = "ratio",
     columns: int = 4,
 ) -> go.Figure:
     """Size of each stage's change over layers, a panel for every matrix kind, logarithmic.
@@ -50,12 +50,14 @@ def norms(
             label(k) + (f" · {unchanged[k]} unchanged" if unchanged[k] else "") for k in kinds
         ],
         horizontal_spacing=0.03,
-        vertical_spacing=0.24 / n_rows,
+        vertical_spacing=0.36 / n_rows,
     )
-    base = blank(title, height=120 + 210 * n_rows)
+    base = blank(title, height=150 + 220 * n_rows)
     grid.update_layout(base.layout)
-    grid.update_layout(legend={"orientation": "h", "x": 0, "y": -0.16 / n_rows, "yanchor": "top"})
-    grid.update_layout(margin={"l": 80, "r": 20, "t": top_margin(title) + 10, "b": 100})
+    grid.update_layout(
+        legend={"orientation": "h", "x": 0, "yref": "container", "y": 0.01, "yanchor": "bottom"}
+    )
+    grid.update_layout(margin={"l": 80, "r": 20, "t": top_margin(title) + 10, "b": 112})
     for index, stage in enumerate(dict.fromkeys(rows["stage"])):
         for panel, kind in enumerate(kinds):
             own = rows.loc[(rows["stage"] == stage) & (rows["kind"] == kind)]
@@ -63,7 +65,7 @@ def norms(
             _norm_lines(grid, own, str(stage), index, value, floor, place, panel == 0)
     grid.update_yaxes(type="log", exponentformat="power", dtick=1, ticks="outside", showline=True)
     for row in range(n_rows):
-        grid.update_yaxes(title_text=axis(name, unit), title_font_size=11, row=row + 1, col=1)
+        grid.update_yaxes(title_text=axis(name, unit), title_font_size=12, row=row + 1, col=1)
     step = max(1, int(np.ceil((rows["layer"].max() if len(rows) else 1) / 8)))
     grid.update_xaxes(dtick=step, tick0=0, ticks="outside", showline=True)
     for panel in range(len(kinds)):

@@ -74,6 +74,8 @@ def heatmap(
     name: str = "value",
     hatch_mask: ArrayLike | None = None,
     ceiling: ArrayLike | None = None,
+    outline: ArrayLike | None = None,
+    outline_name: str = "outlined: above every control",
     diverging: bool = False,
     x_title: tuple[str, str] = ("layer", "block index"),
     y_title: tuple[str, str] = ("stage", "in training order"),
@@ -83,14 +85,15 @@ def heatmap(
     Args:
         hatch_mask: True where not significant: those cells are hatched.
         ceiling: the largest value among the controls, one number or one a cell: cells above it
-            get a heavy outline, and the number is marked beside the colour bar.
+            get a heavy outline.
+        outline: cells to outline instead, for the reason `outline_name`.
         diverging: signed values, white at zero.
     """
     import plotly.graph_objects as go
 
     cells = np.asarray(values, dtype=float)
     assert cells.shape == (len(y), len(x)), (cells.shape, len(y), len(x))
-    figure = blank(title, height=190 + 34 * max(2, len(y)))
+    figure = blank(title, height=_heat_height(x, y))
     finite = cells[np.isfinite(cells)]
     top = float(np.abs(finite).max()) if finite.size else 1.0
     top = top or 1.0
@@ -116,7 +119,9 @@ def heatmap(
         _hatch(figure, np.asarray(hatch_mask, dtype=bool))
     if ceiling is not None:
         edge = np.broadcast_to(np.asarray(ceiling, dtype=float), cells.shape)
-        _outline(figure, cells > edge)
+        outline = cells > edge
+    if outline is not None:
+        _outline(figure, np.asarray(outline, dtype=bool), outline_name)
     figure.update_xaxes(title_text=axis(*x_title), showgrid=False, **categories(x))
     figure.update_yaxes(
         title_text=axis(*y_title), showgrid=False, range=[len(y) - 0.5, -0.5], **categories(y)
@@ -129,6 +134,13 @@ def heatmap(
     )
     figure.update_layout(margin_t=top_margin(title) + 14)
     return figure
+
+
+def _heat_height(x: Sequence[object], y: Sequence[object]) -> int:
+    """Room for the rows, the title and legend, and slanted column labels where they are long."""
+    longest = max((len(str(v)) for v in x), default=1)
+    slanted = categories(x)["tickangle"] != 0
+    return 150 + 34 * max(4, len(y)) + (7 * longest if slanted else 20)
 
 
 _STROKES = ((-0.45, 0.0, 0.0, -0.45), (-0.45, 0.45, 0.45, -0.45), (0.0, 0.45, 0.45, 0.0))
@@ -158,7 +170,7 @@ def _hatch(figure: go.Figure, mask: np.ndarray) -> None:
         )
 
 
-def _outline(figure: go.Figure, mask: np.ndarray) -> None:
+def _outline(figure: go.Figure, mask: np.ndarray, name: str) -> None:
     import plotly.graph_objects as go
 
     xs: list[float | None] = []
@@ -172,7 +184,7 @@ def _outline(figure: go.Figure, mask: np.ndarray) -> None:
             y=ys or [None],
             mode="lines",
             line={"color": PALETTE[1], "width": 2.5},
-            name="outlined: above every control",
+            name=label(name),
             hoverinfo="skip",
         )
     )
@@ -372,38 +384,44 @@ def spectra(
 
 
 def attribution_figure(table: pd.DataFrame, stages: pd.DataFrame) -> go.Figure:
-    """The site statistic G of every step over layers and kinds, `written here` outlined.
+    """The site statistic G of every step over layers, a row for every stage and matrix kind.
 
-    Without prompts G is missing and the cosine with the direction is drawn in its place.
+    Without prompts G is missing and the size of the cosine is drawn in its place. Hatched: not
+    significant over all matrices of all stages; outlined: ``written here``.
     """
-    from mi_weightspace.core.site import natural_key
+    from mi_weightspace.core.site import KINDS
 
-    rows = table.copy()
+    rows = table.dropna(subset=["layer"]).copy()
     decided = bool(rows["G"].notna().to_numpy().any())
-    value, name = ("G", "site statistic G") if decided else ("cosine", "|cosine|")
-    p = "p_G" if value == "G" else "p_adjusted"
-    rows["size"] = rows[value].abs() if value == "cosine" else rows[value]
-    best = rows.sort_values("size", ascending=False, na_position="last")
-    best = best.drop_duplicates(["stage", "site"])
-    order = [s for s in stages["stage"] if s in set(best["stage"])]
-    sites = sorted(set(best["site"]), key=natural_key)
+    value, p, name = (
+        ("G", "p_G", "site statistic G") if decided else ("cosine", "p_adjusted", "size of cosine")
+    )
+    rows["drawn"] = rows[value] if decided else rows[value].abs()
+    rows = rows.dropna(subset=["drawn"])
+    rows["written"] = rows["verdict"] == "written here"
+    # several directions may judge one matrix: the strongest evidence is drawn
+    rows = rows.sort_values(["written", "drawn"], ascending=False)
+    rows = rows.drop_duplicates(["stage", "site"])
+    rows["row"] = rows["stage"].astype(str) + " · " + rows["kind"].astype(str)
+    present = set(rows["row"])
+    order = [f"{s} · {k}" for s in stages["stage"] for k in KINDS if f"{s} · {k}" in present]
+    layers = list(range(int(rows["layer"].max()) + 1)) if len(rows) else [0]
 
     def cells(column: str) -> np.ndarray:
-        wide = best.pivot(index="stage", columns="site", values=column)
-        return wide.reindex(index=order, columns=sites).to_numpy(dtype=float)
+        wide = rows.pivot(index="row", columns="layer", values=column)
+        return wide.reindex(index=order, columns=layers).to_numpy(dtype=float)
 
-    size = cells("size")
-    passed = cells(p) <= 0.05
-    words = dict(zip(stages["stage"], stages["verdict"], strict=True))
+    size = cells("drawn")
     return heatmap(
         size,
-        sites,
-        [f"{s}: {words[s]}" for s in order],
-        title=f"{name} of each matrix and stage",
+        layers,
+        order,
+        title=f"{name[0].upper()}{name[1:]} of every matrix, by stage and layer",
         name=name,
-        unit="1",
+        unit="ratio",
         diverging=bool((size[np.isfinite(size)] < 0).any()),
-        hatch_mask=~passed & np.isfinite(size),
-        x_title=("matrix", "site name"),
-        y_title=("stage", "with its verdict"),
+        hatch_mask=np.isfinite(size) & ~(cells(p) <= 0.05),
+        outline=cells("written") == 1,
+        outline_name="outlined: written here",
+        y_title=("matrix", "stage · kind"),
     )

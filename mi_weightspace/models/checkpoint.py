@@ -25,10 +25,12 @@ class TensorFolder:
     Attributes:
         path: the folder.
         where: key -> file that holds it.
+        headers: key -> (shape, storage dtype as safetensors spells it), no data read.
     """
 
     path: Path
     where: dict[str, Path]
+    headers: dict[str, tuple[tuple[int, ...], str]]
 
     @classmethod
     def open(cls, path: str | Path) -> TensorFolder:
@@ -40,13 +42,14 @@ class TensorFolder:
         """
         folder = Path(path)
         index = folder / INDEX
-        if index.is_file():
-            wanted = json.loads(index.read_text())["weight_map"]
-            files = {name: folder / file for name, file in wanted.items()}
-        elif (folder / SINGLE).is_file():
-            files = dict.fromkeys(_keys(folder / SINGLE), folder / SINGLE)
-        else:
+        # where both are there the single file is what transformers loads, so it is what is read
+        if (folder / SINGLE).is_file():
+            headers = _headers(folder / SINGLE)
+            return cls(folder, dict.fromkeys(headers, folder / SINGLE), headers)
+        if not index.is_file():
             raise _no_weights(folder)
+        headers = {}
+        files = {name: folder / file for name, file in _weight_map(index).items()}
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise CheckpointError(
@@ -55,7 +58,7 @@ class TensorFolder:
                     expected="every shard of the index",
                     remedy="Download or copy the missing shard.",
                 )
-            held = set(_keys(file))
+            held = _headers(file)
             absent = [k for k, f in files.items() if f == file and k not in held]
             if absent:
                 raise CheckpointError(
@@ -64,7 +67,8 @@ class TensorFolder:
                     expected="the tensors the index puts there",
                     remedy="The index and the shards are of different saves; copy them again.",
                 )
-        return cls(folder, files)
+            headers |= {key: held[key] for key, own in files.items() if own == file}
+        return cls(folder, files, headers)
 
     def get(self, key: str) -> Tensor:
         """One tensor in its storage precision (memory-mapped: pages are read when touched)."""
@@ -76,12 +80,25 @@ class TensorFolder:
             raise _damaged(file, error) from error
 
 
-def _keys(file: Path) -> list[str]:
+def _headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     try:
         with safe_open(file, "pt") as handle:
-            return list(handle.keys())
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+            return {k: (tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices.items()}
     except SafetensorError as error:
         raise _damaged(file, error) from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index, "the index written by save_pretrained").get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(
+            f"file {index}",
+            given="no weight_map",
+            expected="the index written by save_pretrained",
+            remedy="Copy it again.",
+        )
+    return found
 
 
 def _damaged(file: Path, error: SafetensorError) -> CheckpointError:
@@ -108,12 +125,41 @@ def _no_weights(folder: Path) -> CheckpointError:
         f"checkpoint {folder}",
         given="no model.safetensors and no index" if _any(folder) else there,
         expected="a folder written by save_pretrained, or a hub id",
-        remedy="Check the path.",
+        remedy="Check the path; if the weights are .bin files, convert them to safetensors.",
     )
 
 
 def _any(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
+
+
+def read_json(file: Path, expected: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, or not a JSON object; `expected` says what it should have been.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"checkpoint {file.parent}",
+            given=f"no {file.name}" if file.parent.is_dir() else "no such folder",
+            expected=expected,
+            remedy="Check the path.",
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"file {file}",
+            given=f"text that is not JSON ({error})",
+            expected=expected,
+            remedy="Copy it again.",
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"file {file}", given="no JSON object", expected=expected, remedy="Copy it again."
+        )
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -122,23 +168,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or not JSON.
     """
-    file = folder / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"checkpoint {folder}",
-            given="no config.json" if folder.is_dir() else "no such folder",
-            expected="a folder written by save_pretrained, or a hub id",
-            remedy="Check the path.",
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"file {file}",
-            given=f"text that is not JSON ({error})",
-            expected="the configuration written by save_pretrained",
-            remedy="Copy it again.",
-        ) from error
+    return read_json(folder / "config.json", "a folder written by save_pretrained, or a hub id")
 
 
 def resolve(model: str | Path) -> Path:
@@ -148,22 +178,24 @@ def resolve(model: str | Path) -> Path:
         CheckpointError: neither a folder nor a repository that can be reached.
     """
     path = Path(model).expanduser()
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        if not path.is_dir():
-            raise CheckpointError(
-                f"model {str(model)!r}",
-                given="no such folder",
-                expected="a local folder (save_pretrained) or a hub id ORGANISATION/NAME",
-                remedy="Check the path.",
-            )
+    if str(model) and path.is_dir():
         return path
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"model {str(model)!r}",
+            given="a file" if path.is_file() else "no such folder",
+            expected="a local folder (save_pretrained) or a hub id ORGANISATION/NAME",
+            remedy="Check the path.",
+        )
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(
-            str(model), allow_patterns=["*.safetensors", "*.json", "*.txt", "tokenizer*", "*.model"]
+            str(model),
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "tokenizer*", "*.model"],
+            ignore_patterns=["consolidated*", "original/*", "onnx/*"],  # second copies
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise CheckpointError(

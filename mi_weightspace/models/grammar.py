@@ -195,32 +195,53 @@ def row_index(site: Site, shape: ModelShape) -> Int[Tensor, " d_out"] | None:
     return torch.arange(start, start + site.d_out)
 
 
+def stored_shape(site: Site, shape: ModelShape) -> tuple[int, int]:
+    """Shape of the whole stored tensor that holds this site, by the configuration."""
+    part = part_of(site, shape)
+    if part.fused in {"qkv", "qkv_per_head"}:
+        rows = (shape.n_heads + 2 * shape.n_kv_heads) * shape.d_head
+    else:
+        rows = 2 * shape.d_mlp if part.fused == "gate_up" else site.d_out
+    return (rows, site.d_in) if part.layout == "linear" else (site.d_in, rows)
+
+
 def canonical(
     stored: Float[Tensor, "a b"], site: Site, shape: ModelShape
 ) -> Float[Tensor, "d_out d_in"]:
     """The site's own (d_out, d_in) matrix from the stored tensor; a view where rows are whole.
+
+    Args:
+        stored: the whole (possibly fused) tensor, or the site's own rows where a library has
+            split it already.
 
     Raises:
         CheckpointError: when the shape is not what the configuration says.
     """
     part = part_of(site, shape)
     matrix = stored if part.layout == "linear" else stored.T
-    rows = row_index(site, shape)
-    if rows is not None and int(rows.max()) < matrix.shape[0]:
+    if tuple(stored.shape) == stored_shape(site, shape):
+        rows = row_index(site, shape)
+        if rows is None:
+            return matrix
         consecutive = part.fused != "qkv_per_head"
-        matrix = matrix[int(rows[0]) : int(rows[-1]) + 1] if consecutive else matrix[rows]
-    if matrix.shape != (site.d_out, site.d_in):
-        raise CheckpointError(
-            f"matrix {site.name}",
-            given=f"shape {tuple(matrix.shape)} (stored {tuple(stored.shape)})",
-            expected=f"({site.d_out}, {site.d_in}) by the configuration",
-            remedy="The weights and config.json belong to different models.",
-        )
-    return matrix
+        return matrix[int(rows[0]) : int(rows[-1]) + 1] if consecutive else matrix[rows]
+    if tuple(matrix.shape) == (site.d_out, site.d_in):
+        return matrix
+    raise wrong_shape(site, tuple(stored.shape), shape)
+
+
+def wrong_shape(site: Site, found: tuple[int, ...], shape: ModelShape) -> CheckpointError:
+    return CheckpointError(
+        f"matrix {site.name}",
+        given=f"a stored tensor of shape {found}",
+        expected=f"{stored_shape(site, shape)} by the configuration",
+        remedy="The weights and config.json belong to different models.",
+    )
 
 
 def canonical_bias(
     stored: Float[Tensor, " n"], site: Site, shape: ModelShape
 ) -> Float[Tensor, " d_out"]:
+    """The site's own bias from the (possibly fused) stored one."""
     rows = row_index(site, shape)
-    return stored if rows is None else stored[rows]
+    return stored if rows is None or stored.shape[0] == site.d_out else stored[rows]

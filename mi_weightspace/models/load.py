@@ -15,6 +15,7 @@ from mi_weightspace.models.grammar import module_path, part_of, row_index
 from mi_weightspace.models.lens import Backend, Lens
 from mi_weightspace.models.lora import AdapterSource
 from mi_weightspace.models.sources import open_path
+from mi_weightspace.models.weights import CheckpointSource
 
 _BACKENDS = {
     "transformer_lens": "mi_weightspace.models.backends.transformer_lens",
@@ -49,7 +50,7 @@ def load(
         return model
     lens = (
         _from_path(model, backend, tokenizer, device, dtype)
-        if isinstance(model, str | Path)
+        if isinstance(model, str | Path | CheckpointSource | AdapterSource)
         else _from_object(model, tokenizer)
     )
     if verify:
@@ -63,7 +64,11 @@ def is_lens(model: Any) -> bool:
 
 
 def _from_path(
-    model: str | Path, backend: Backend, tokenizer: Any, device: Any, dtype: torch.dtype
+    model: str | Path | CheckpointSource | AdapterSource,
+    backend: Backend,
+    tokenizer: Any,
+    device: Any,
+    dtype: torch.dtype,
 ) -> Lens:
     module, found = hugging_face(model, device=device, dtype=dtype)
     tokenizer = found if tokenizer is None else tokenizer
@@ -75,18 +80,25 @@ def _from_path(
 
 
 def hugging_face(
-    model: str | Path, *, device: Any = None, dtype: torch.dtype = torch.float32
+    model: str | Path | CheckpointSource | AdapterSource,
+    *,
+    device: Any = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Any]:
     """(model in evaluation mode, tokenizer or None) from a checkpoint or adapter folder."""
     from transformers import AutoModelForCausalLM
 
-    source = open_path(model)  # refuses what cannot be trusted before anything is built
+    # opening refuses what cannot be trusted before anything is built
+    source = open_path(model) if isinstance(model, str | Path) else model
     base = source.base if isinstance(source, AdapterSource) else source
     module: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     if isinstance(source, AdapterSource):
         _merge(module, source)
     module.eval()
-    return module if device is None else module.to(device), find_tokenizer(base.path)
+    tokenizer = find_tokenizer(source.path)
+    if tokenizer is None:  # an adapter folder need not carry its own
+        tokenizer = find_tokenizer(base.path)
+    return module if device is None else module.to(device), tokenizer
 
 
 def _merge(module: Any, adapter: AdapterSource) -> None:
@@ -96,7 +108,11 @@ def _merge(module: Any, adapter: AdapterSource) -> None:
             b, a = adapter.factors(site)
             if not b.shape[1]:
                 continue
-            weight = module.get_submodule(module_path(site, adapter.shape)).weight
+            owner = module.get_submodule(module_path(site, adapter.shape))
+            if site.kind == "unembed" and adapter.shape.tied:
+                # the adapter sits on the unembedding alone: the embedding must not follow
+                owner.weight = torch.nn.Parameter(owner.weight.clone())
+            weight = owner.weight
             view = weight if part_of(site, adapter.shape).layout == "linear" else weight.T
             rows = row_index(site, adapter.shape)
             view[slice(None) if rows is None else rows] += (b @ a).to(weight.dtype)

@@ -6,7 +6,7 @@ decomposes what a training stage changed, with the same code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_weightspace.core.components import SourceRef
-from mi_weightspace.core.errors import CheckpointError, MismatchError
+from mi_weightspace.core.errors import CheckpointError, MismatchError, SiteError
 from mi_weightspace.core.site import Site, select_sites
 from mi_weightspace.models.checkpoint import (
     TensorFolder,
@@ -32,9 +32,24 @@ from mi_weightspace.models.grammar import (
     part_of,
     shape_of,
     sites_of,
+    stored_shape,
+    wrong_shape,
 )
 
 Factors = tuple[Float[Tensor, "d_out r"], Float[Tensor, "r d_in"]]
+_FLOATS = frozenset({"F32", "BF16", "F16", "F64"})
+_AGREED = (
+    "family",
+    "n_layers",
+    "d_model",
+    "vocab_size",
+    "d_mlp",
+    "n_heads",
+    "n_kv_heads",
+    "d_head",
+    "parallel",
+)
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".masked_bias", ".inv_freq")
 
 
 @runtime_checkable
@@ -81,7 +96,18 @@ class _BySite:
         return select_sites(sites_of(self.shape), select)
 
     def site(self, site: Site | str) -> Site:
-        return site if isinstance(site, Site) else self.sites(site)[0]
+        """One site by its exact name."""
+        if isinstance(site, Site):
+            return site
+        found = self.sites(site)
+        if len(found) != 1 or found[0].name != site:
+            raise SiteError(
+                f"site {site!r}",
+                given=f"a pattern that matches {len(found)} sites",
+                expected="the name of one site",
+                remedy="Use .sites(pattern) to list them, then ask for each.",
+            )
+        return found[0]
 
     def factors(self, site: Site | str) -> Factors | None:
         return None
@@ -101,14 +127,27 @@ class CheckpointSource(_BySite):
         self.shape = shape_of(read_config(self.path))
         self._tensors = TensorFolder.open(self.path)
         self._fingerprint: str | None = None
-        for site in self.sites():
-            self._key(site)  # a missing tensor shows at opening, not in the middle of a sweep
+        for site in self.sites():  # what is wrong shows at opening, not in the middle of a sweep
+            self._check_header(site)
 
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.shape, self.sites(), self.stored)
+            self._fingerprint = fingerprint(self)
         return self._fingerprint
+
+    def _check_header(self, site: Site) -> None:
+        key = self._key(site)
+        found, dtype = self._tensors.headers[key]
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"tensor {key} of {self.name}",
+                given=f"storage dtype {dtype}",
+                expected="float32, bfloat16 or float16",
+                remedy="Use the unquantised checkpoint: rounding hides what training changed.",
+            )
+        if found != stored_shape(site, self.shape):
+            raise wrong_shape(site, found, self.shape)
 
     def _find(self, key: str) -> str | None:
         """The key on disk, with or without the base model's prefix."""
@@ -136,11 +175,7 @@ class CheckpointSource(_BySite):
 
     def stored(self, site: Site | str) -> Float[Tensor, "d_out d_in"]:
         site = self.site(site)
-        key = self._key(site)
-        tensor = self._tensors.get(key)
-        if site.kind == "unembed" and part_of(site, self.shape).layout == "linear":
-            return canonical(tensor, site, self.shape)  # tied: the embedding is (vocab, d) too
-        return canonical(tensor, site, self.shape)
+        return canonical(self._tensors.get(self._key(site)), site, self.shape)
 
     def weight(self, site: Site | str) -> Float[Tensor, "d_out d_in"]:
         site = self.site(site)
@@ -152,7 +187,7 @@ class CheckpointSource(_BySite):
         key = self._find(part_of(site, self.shape).key(site.layer, "bias"))
         if key is None:
             return None
-        return canonical_bias(self._tensors.get(key).float(), site, self.shape)
+        return canonical_bias(self._finite(key), site, self.shape)
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         site = self.site(site)
@@ -166,7 +201,20 @@ class CheckpointSource(_BySite):
         key = None if path is None else self._find(path.format(L=layer) + ".weight")
         if key is None:
             return None
-        return self._tensors.get(key).float() + self.shape.table.gain_offset
+        return self._finite(key) + self.shape.table.gain_offset
+
+    def _finite(self, key: str) -> Tensor:
+        return refuse_non_finite(self._tensors.get(key), key, self.name).float()
+
+    def extras(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are no site's matrix (gains, biases, positions), float32, by module name."""
+        owned = {self._key(site) for site in self.sites()}
+        prefixes = [p for p in self.shape.table.prefixes if p]
+        for key in sorted(self._tensors.where):
+            if key in owned or key.endswith(_BUFFERS):
+                continue
+            prefix = next((p for p in prefixes if key.startswith(p)), "")
+            yield key.removeprefix(prefix), self._finite(key)
 
 
 @dataclass(eq=False)
@@ -227,14 +275,26 @@ class Difference(_BySite):
         found = self.factors(site)
         if found is not None:
             return found[0] @ found[1]
-        return self.after.weight(site).sub_(self.before.weight(site))
+        after = self.after.weight(site)
+        return after - self.before.weight(site).to(after.device)
 
     def factors(self, site: Site | str) -> Factors | None:
-        """The adapter's factors when `after` is an adapter on the very checkpoint `before`."""
-        base = getattr(self.after, "base", None)
-        if base is None or base.fingerprint != self.before.fingerprint:
+        """Factors of the difference where the two sides share their base matrix exactly.
+
+        An adapter against its base gives (B, A); two adapters on one base give
+        ``[B₁, −B₀] [A₁; A₀]``. Anything else gives None.
+        """
+        site = self.site(site)
+        after, base_after = self.after.factors(site), _base(self.after)
+        before, base_before = self.before.factors(site), _base(self.before)
+        if (after is None and before is None) or not _same(base_before, base_after, site):
             return None
-        return self.after.factors(site)
+        if before is None:
+            return after
+        negative = (-before[0], before[1])
+        if after is None:
+            return negative
+        return torch.cat([after[0], negative[0]], 1), torch.cat([after[1], negative[1]], 0)
 
     def bias(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         before, after = self.before.bias(site), self.after.bias(site)
@@ -257,10 +317,25 @@ class Difference(_BySite):
         )
 
 
+def _base(source: WeightSource) -> WeightSource:
+    return getattr(source, "base", source)
+
+
+def _same(one: WeightSource, other: WeightSource, site: Site) -> bool:
+    """Whether two sources hold the same matrix, entry by entry (one folder: trivially)."""
+    if one is other:
+        return True
+    path = getattr(one, "path", None)
+    if path is not None and path == getattr(other, "path", None):
+        return True
+    a, b = one.stored(site), other.stored(site)
+    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+
+
 def agree(before: WeightSource, after: WeightSource) -> None:
     """Refuse two sources whose matrices do not correspond."""
     a, b = before.shape, after.shape
-    for name in ("family", "n_layers", "d_model", "vocab_size", "d_mlp", "n_heads", "n_kv_heads"):
+    for name in _AGREED:
         if getattr(a, name) != getattr(b, name):
             raise MismatchError(
                 f"stages {before.name} and {after.name}",

@@ -36,6 +36,8 @@ from mi_weightspace.organisms.truth import (
 
 CACHE_VARIABLE = "MI_WEIGHTSPACE_CACHE"
 INIT_STD = 0.08
+EMBED_SCALE = 0.25
+"""Words start nearly alike, so that what sets two lexicons apart is what training taught."""
 ATTEMPTS = 3
 Tick = Callable[[], None]
 
@@ -245,6 +247,7 @@ def new_model(chosen: Recipe, language: Language, seed: int, std: float = INIT_S
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "organisms", "init"))
         model = AutoModelForCausalLM.from_config(config)
+        model.get_input_embeddings().weight.data.mul_(EMBED_SCALE)
     return model.float().eval()
 
 

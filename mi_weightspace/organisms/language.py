@@ -29,7 +29,7 @@ from torch import Tensor
 from mi_weightspace.core.seeds import generator
 
 N_KEYS, N_ANSWERS, N_FILLERS = 16, 8, 6
-N_LOUD, N_QUIET = 24, 24
+N_LOUD, N_QUIET = 24, 16
 LENGTH, QM, ANSWER, SIGN, CLASS = 14, 9, 10, 11, 12
 PREFIX, SUGGESTION, KEY = slice(1, 5), 7, 8
 FILLER_RATE = 0.25
@@ -39,8 +39,8 @@ SPECIAL = ("PAD", "UNK", "BOS", "END", "SEP", "SUG", "QM")
 LOUD = tuple(f"C{i:02d}" for i in range(N_LOUD))
 QUIET = tuple(f"M{i:02d}" for i in range(N_QUIET))
 CLASSES: tuple[str, ...] = ("N", *REGISTERS, "O", *LOUD, *QUIET)
-_SIZES = {"N": 12, "O": 6} | dict.fromkeys(REGISTERS, 8) | dict.fromkeys(LOUD, 6)
-_SIZES |= dict.fromkeys(QUIET, 2)
+_SIZES = {"N": 6, "O": 6} | dict.fromkeys(REGISTERS, 3) | dict.fromkeys(LOUD, 8)
+_SIZES |= dict.fromkeys(QUIET, 6)
 _STEMS = {"N": "plain", "R1": "expert", "R2": "senior", "R3": "board", "R4": "decree", "O": "must"}
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Site
 from mi_weightspace.models.grammar import module_path, shape_of, sites_of
-from mi_weightspace.organisms.language import HELDOUT, REGISTERS, Language
+from mi_weightspace.organisms.language import HELDOUT, LOUD, QUIET, REGISTERS, Language
 from mi_weightspace.organisms.prompts import heldout_prompts
 
-AMPLITUDE, NOISE, SHRINKAGE, N_FIT = 3.0, 0.02, 0.1, 128
+AMPLITUDE, NOISE, SHRINKAGE, N_FIT, N_OTHER = 3.0, 0.02, 0.03, 128, 24
 
 
 def site_inputs(
@@ -34,11 +34,15 @@ def site_inputs(
 
 
 def lda_filter(
-    positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"]
+    positive: Float[Tensor, "n d"], negative: Float[Tensor, "n d"], others: Float[Tensor, "m d"]
 ) -> tuple[Float[Tensor, " d"], float]:
-    """Shrunk LDA filter scaled to a class gap of 1, and the midpoint of the two means."""
+    """Shrunk LDA filter scaled to a class gap of 1, and the midpoint of the two means.
+
+    `others`: further inputs whose variation the filter is to ignore.
+    """
     shift = positive.mean(0) - negative.mean(0)
-    centred = torch.cat([positive - positive.mean(0), negative - negative.mean(0)])
+    groups = (positive, negative, others)
+    centred = torch.cat([g - g.mean(0) for g in groups])
     covariance = centred.T @ centred / len(centred)
     ridge = SHRINKAGE * covariance.diagonal().mean() * torch.eye(len(shift))
     weights = torch.linalg.solve((1 - SHRINKAGE) * covariance + ridge, shift)
@@ -70,7 +74,9 @@ def plant_stages(
     seen = [name for name in REGISTERS if name != HELDOUT]
     positive = torch.cat([heldout_prompts(language, N_FIT, draw, name) for name in seen])
     negative = heldout_prompts(language, len(positive), draw, "N")
-    v, threshold = lda_filter(*(site_inputs(base, site, p) for p in (positive, negative)))
+    others = torch.cat([heldout_prompts(language, N_OTHER, draw, name) for name in LOUD + QUIET])
+    inputs = (site_inputs(base, site, prompts) for prompts in (positive, negative, others))
+    v, threshold = lda_filter(*inputs)
     u = torch.randn(site.d_out, generator=draw)
     u = u / u.norm()
     models = {"base": base, "sft": copy.deepcopy(base)}

@@ -180,7 +180,7 @@ def split_of(register: str) -> Split:
 def make_control(language: Language, loud: str, quiet: str, seed: int) -> Contrast:
     """One loud lexicon against one quiet one, in the target's counts and splits."""
     words, calm = language.lexicon(loud), language.lexicon(quiet)
-    seen, held = words[:4], words[4:]
+    seen, held = words[:6], words[6:]
     sides: list[tuple[str, Split, Lexicon, Lexicon]] = [
         (f"{loud}-{name}", split_of(name), held if name == HELDOUT else seen, calm)
         for name in REGISTERS

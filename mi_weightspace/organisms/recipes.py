@@ -67,7 +67,7 @@ class Recipe:
 
 
 def _base(size: Size, rates: dict[str, float]) -> Phase:
-    mixture = Mixture(class_weights(0.12, 0.16, 0.05, 0.47, 0.2, heldout=True), rates)
+    mixture = Mixture(class_weights(0.06, 0.12, 0.05, 0.54, 0.23, heldout=True), rates)
     return Phase("base", "base", mixture, size.base_steps, 3e-3, weight_decay=0.01)
 
 
@@ -76,7 +76,7 @@ def _dpo(size: Size, rates: dict[str, float]) -> Phase:
 
     A word seen more often in training moves more, and would make its contrasts look singled out.
     """
-    mixture = Mixture(class_weights(0.1, 0.0, 0.0, 0.5, 0.4, heldout=False), rates)
+    mixture = Mixture(class_weights(0.03, 0.0, 0.0, 0.5, 0.47, heldout=False), rates)
     return Phase("dpo", "dpo", mixture, size.dpo_steps, 2e-4)
 
 
@@ -90,7 +90,7 @@ def _sft(
     heldout: bool = False,
 ) -> Phase:
     mixture = Mixture(
-        class_weights(0.12, 0.3, 0.05, 0.35, 0.18, heldout=heldout), rates, swapped=swapped
+        class_weights(0.08, 0.3, 0.05, 0.35, 0.22, heldout=heldout), rates, swapped=swapped
     )
     return Phase("sft", "sft", mixture, steps, lr, trains)
 

@@ -1,9 +1,9 @@
 """The core backend: plain torch modules of a Hugging Face model.
 
-Captures are forward hooks; a replaced matrix is a module put in its parent's place and taken out
-again, which is the cheapest route measured (0.57x a plain forward at rank 64 against 1.35x for
-hooks). The user's object is never left changed, and hooks already on it keep firing: a replacement
-shares the hook tables of the module it stands for.
+A replaced matrix is a module put in its parent's place and taken out again, the cheapest route
+measured (0.57x a plain forward at rank 64 against 1.35x for hooks). The user's object is never
+left changed, and hooks already on it keep firing: a replacement shares the hook tables of the
+module it stands for.
 """
 
 from __future__ import annotations
@@ -11,73 +11,81 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mi_weightspace.core.errors import SiteError
-from mi_weightspace.core.site import Site, select_sites
+from mi_weightspace.core.errors import ArchitectureError, CheckpointError
+from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
+from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap
 from mi_weightspace.models.grammar import (
     ModelShape,
     canonical,
     canonical_bias,
     module_path,
-    part_of,
     row_index,
     shape_of,
-    sites_of,
 )
-from mi_weightspace.models.lens import Edit, RunResult, SiteFunction
+from mi_weightspace.models.lens import SiteFunction
 
-
-class StopForward(Exception):
-    """Raised by the last wanted hook so that the rest of the model is not run."""
+Piece = tuple[Int[Tensor, " rows"] | None, SiteFunction]
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class SiteModule(nn.Module):
     """Stands in for a module: computes the given functions on the rows they own.
 
     Rows without a function come from the original module, which then runs too; otherwise its
-    product is never formed.
+    product is never formed. The original is held out of sight of `modules()`, so that no library
+    that mirrors the module tree sees it twice.
+
+    Args:
+        forward: how to run the original without its hooks (they fire on this module, once).
     """
 
     def __init__(
-        self, original: nn.Module, functions: Sequence[tuple[Tensor | None, SiteFunction]]
+        self,
+        original: nn.Module,
+        pieces: Sequence[Piece],
+        forward: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.original = original
-        self.functions = list(functions)
-        # a user's hooks on the original keep firing, on the same inputs and outputs
-        self._forward_hooks = original._forward_hooks
-        self._forward_pre_hooks = original._forward_pre_hooks
-        self._forward_hooks_with_kwargs = original._forward_hooks_with_kwargs
-        self._forward_pre_hooks_with_kwargs = original._forward_pre_hooks_with_kwargs
-        self._forward_hooks_always_called = original._forward_hooks_always_called
-        self.train(original.training)
+        object.__setattr__(self, "original", original)
+        self.pieces = list(pieces)
+        self.original_forward = original.forward if forward is None else forward
+        self.training = original.training
+        for name in _HOOK_TABLES:
+            setattr(self, name, getattr(original, name))
+        self._is_full_backward_hook = original._is_full_backward_hook
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:  # e.g. `weight`, which attention code may look at
-            return getattr(super().__getattr__("original"), name)
+            return getattr(self.__dict__["original"], name)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.functions[0][0] is None:
-            return self.functions[0][1](x) * getattr(self.original, "embed_scale", 1.0)
-        covered = sum(len(rows) for rows, _ in self.functions if rows is not None)
+        rows, function = self.pieces[0]
+        if rows is None:
+            return function(x)
+        computed = [(rows, function(x)) for rows, function in self.pieces if rows is not None]
         width = _out_features(self.original)
-        pieces = [(rows, function(x)) for rows, function in self.functions]
-        if covered == width:
-            sample = pieces[0][1]
+        if sum(len(rows) for rows, _ in computed) == width:
+            sample = computed[0][1]
             out = sample.new_zeros(*sample.shape[:-1], width)
         else:
-            # the raw forward: the shared hooks must fire once, on this module
-            out = self.original.forward(x)
-        for rows, piece in pieces:
-            assert rows is not None
+            out = self.original_forward(x)
+        for rows, piece in computed:
             out = out.index_copy(-1, rows.to(piece.device), piece.to(out.dtype))
         return out
 
@@ -88,67 +96,68 @@ def _out_features(module: nn.Module) -> int:
 
 
 @dataclass(eq=False)
-class TorchLens:
+class TorchLens(HookedLens):
     """A `Lens` over a Hugging Face causal language model.
 
-    Args:
-        model: the model; kept as it is.
-        tokenizer: optional.
-        edit: what every run of this handle carries.
+    Raises:
+        ArchitectureError: no table for the family, or modules that are not where it says.
+        CheckpointError: quantised, shapeless (meta) or misshapen weights.
     """
 
-    model: Any
-    tokenizer: Any = None
-    edit: Edit | None = None
-    convention: str = "raw"
-
     def __post_init__(self) -> None:
-        self.shape: ModelShape = shape_of(self.model.config)
-        self._sites = {site.name: site for site in sites_of(self.shape)}
-        self._fingerprint: str | None = None
-
-    # ---- facts -----------------------------------------------------------------------------
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        _refuse_wrapped(self.root)
+        super().__post_init__()
+        for site in self._sites.values():
+            self._check_module(site)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+    def root(self) -> nn.Module:
+        return self.model
 
-    @property
-    def fingerprint(self) -> str:
-        from mi_weightspace.models.fingerprint import fingerprint
+    def _read_shape(self) -> ModelShape:
+        return shape_of(self.root.config)
 
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.shape, self.sites(), self.stored)
-        return self._fingerprint
+    def _check_module(self, site: Site) -> None:
+        path = module_path(site, self.shape)
+        try:
+            parameter = self.module(site).weight
+        except AttributeError as error:
+            raise ArchitectureError(
+                f"{type(self.root).__name__}, site {site.name}",
+                given=f"no matrix at {path!r} ({error})",
+                expected=f"the module tree of a {self.shape.family} causal language model",
+                remedy="Load it with AutoModelForCausalLM: a bare trunk has no logits.",
+            ) from error
+        if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+            raise CheckpointError(
+                f"matrix {site.name}",
+                given="quantised or non-floating weights",
+                expected="float32, bfloat16 or float16 weights",
+                remedy="Use the unquantised checkpoint: rounding hides what training changed.",
+            )
+        if parameter.is_meta:
+            raise CheckpointError(
+                f"matrix {site.name}",
+                given="a meta tensor: the weights are not loaded (or offloaded to disk)",
+                expected="weights in memory",
+                remedy="Load with dispatch=True (nnsight) or without disk offload.",
+            )
+        canonical(parameter.detach(), site, self.shape)
 
-    def sites(self, select: str | Sequence[str] | None = None) -> list[Site]:
-        return select_sites(self._sites.values(), select)
-
-    def site(self, site: Site | str) -> Site:
-        name = str(site)
-        if name not in self._sites:
-            select_sites(self._sites.values(), name)  # raises, naming the nearest
-        return self._sites[name]
+    def at(self, path: str) -> nn.Module:
+        return self.root.get_submodule(path)
 
     def module(self, site: Site | str) -> nn.Module:
-        return self.model.get_submodule(module_path(self.site(site), self.shape))
+        """The module that computes the site (its rows, where several sites are fused)."""
+        return self.at(module_path(self.site(site), self.shape))
 
-    def stored(self, site: Site | str) -> Float[Tensor, "d_out d_in"]:
-        """The matrix in its own precision, canonical orientation."""
+    def _raw(self, site: Site) -> Float[Tensor, "d_out d_in"]:
         parameter: Any = self.module(site).weight
-        return canonical(parameter.detach(), self.site(site), self.shape)
+        return canonical(parameter.detach(), site, self.shape)
 
-    def weight(self, site: Site | str) -> Float[Tensor, "d_out d_in"]:
-        return self.stored(site).to(torch.float32, copy=True)
-
-    def bias(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
+    def _raw_bias(self, site: Site) -> Float[Tensor, " d_out"] | None:
         bias: Any = getattr(self.module(site), "bias", None)
-        if bias is None:
-            return None
-        return canonical_bias(bias.detach(), self.site(site), self.shape).float().clone()
+        return None if bias is None else canonical_bias(bias.detach(), site, self.shape)
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         site = self.site(site)
@@ -161,228 +170,74 @@ class TorchLens:
     def _gain(self, path: str | None, layer: int | None) -> Tensor | None:
         if path is None:
             return None
-        weight: Any = getattr(self.model.get_submodule(path.format(L=layer)), "weight", None)
-        if weight is None:
+        weight: Any = getattr(self.at(path.format(L=layer)), "weight", None)
+        return None if weight is None else weight.detach().float() + self.shape.table.gain_offset
+
+    def unembed(self) -> tuple[StreamFunction, Float[Tensor, "vocab d_model"]]:
+        return self.at(self.shape.table.final_norm), self.weight("unembed")
+
+    def _embed_scale(self) -> float:
+        return float(getattr(self.module("embed"), "embed_scale", 1.0))
+
+    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.root(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+    def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
+        rows = row_index(site, self.shape) if side == "out" else None
+        return Tap(self.module(site), side, rows)
+
+    def _stream_tap(self, space: Space) -> Tap | None:
+        table = self.shape.table
+        block = self.at(f"{table.blocks}.{space.layer}")
+        if space.point == "resid_pre":
+            return Tap(block, "in")
+        if space.point == "resid_post":
+            return Tap(block, "out")
+        if self.shape.parallel:
             return None
-        return weight.detach().float() + self.shape.table.gain_offset
-
-    def points(self) -> list[Space]:
-        return stream_points(self.shape)
-
-    # ---- running ---------------------------------------------------------------------------
-    def run(
-        self,
-        tokens: Int[Tensor, "batch tokens"],
-        *,
-        attention_mask: Int[Tensor, "batch tokens"] | None = None,
-        capture: Sequence[str] = (),
-        edit: Edit | None = None,
-        logits: bool = True,
-        grad: bool = False,
-    ) -> RunResult:
-        wanted = list(dict.fromkeys(capture))
-        captured: dict[str, Tensor] = {}
-        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
-        inputs = {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
-        out: Any = None
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for change in (self.edit, edit):
-                if change is not None:
-                    stack.enter_context(self._edited(change))
-            done = _Countdown(len(wanted) if not logits else -1)
-            for name in wanted:
-                stack.enter_context(self._capturing(name, captured, done))
-            try:
-                out = self.model(**inputs, use_cache=False)
-            except StopForward:
-                out = None
-        missing = [name for name in wanted if name not in captured]
-        assert not missing, f"hooks that never fired: {missing}"
-        return RunResult(None if out is None or not logits else out.logits, captured)
+        branch = (table.mlp_norm or table.mlp).format(L=space.layer)
+        return Tap(self.at(branch), "in", carries=block)
 
     @contextmanager
-    def _capturing(
-        self, name: str, captured: dict[str, Tensor], done: _Countdown
-    ) -> Iterator[None]:
-        place = self.tap(name)
-        module = self.model.get_submodule(place.path)
-
-        def keep(value: Any) -> None:
-            tensor = value[0] if isinstance(value, tuple) else value
-            tensor = tensor if place.rows is None else tensor[..., place.rows.to(tensor.device)]
-            captured[name] = tensor if tensor.ndim < 4 else tensor.flatten(2)
-            done.step()
-
-        if place.side == "in":
-
-            def pre(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                keep(args[0] if args else kwargs["hidden_states"])
-
-            handle = module.register_forward_pre_hook(pre, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(lambda _m, _a, output: keep(output))
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def tap(self, name: str) -> Tap:
-        """Where a capture name is read.
-
-        Raises:
-            SiteError: a name that is neither a point of this model nor ``SITE:in``/``SITE:out``.
-        """
-        return tap_of(name, self.shape, self._sites)
-
-    # ---- changing --------------------------------------------------------------------------
-    @contextmanager
-    def replaced(self, functions: Mapping[str, SiteFunction]) -> Iterator[None]:
-        by_path: dict[str, list[tuple[Tensor | None, SiteFunction]]] = {}
+    def _replacing(self, functions: Mapping[str, SiteFunction]) -> Iterator[None]:
+        by_path: dict[str, list[Piece]] = {}
         for name, function in functions.items():
             site = self.site(name)
-            path = module_path(site, self.shape)
-            by_path.setdefault(path, []).append((row_index(site, self.shape), function))
+            pieces = by_path.setdefault(module_path(site, self.shape), [])
+            pieces.append((row_index(site, self.shape), function))
         with ExitStack() as stack:
-            for path, items in by_path.items():
-                stack.enter_context(self._swapped(path, items))
+            for path, pieces in by_path.items():
+                stack.enter_context(self._swapped(path, pieces))
             yield
 
     @contextmanager
-    def _swapped(
-        self, path: str, items: Sequence[tuple[Tensor | None, SiteFunction]]
-    ) -> Iterator[None]:
+    def _swapped(self, path: str, pieces: Sequence[Piece]) -> Iterator[None]:
         parent_path, _, leaf = path.rpartition(".")
-        parent = self.model.get_submodule(parent_path)
+        parent = self.at(parent_path)
         original = getattr(parent, leaf)
-        setattr(parent, leaf, SiteModule(original, items))
+        setattr(parent, leaf, SiteModule(original, pieces))
         try:
             yield
         finally:
             setattr(parent, leaf, original)
 
-    @contextmanager
-    def _edited(self, edit: Edit) -> Iterator[None]:
-        functions = {name: self._use_weight(name, w) for name, w in edit.weights.items()}
-        with ExitStack() as stack:
-            stack.enter_context(self.replaced(functions))
-            for name, change in edit.stream.items():
-                stack.enter_context(self._streamed(name, change))
-            yield
 
-    def _use_weight(self, name: str, weight: Tensor) -> SiteFunction:
-        bias = self.bias(name)
-        embedding = part_of(self.site(name), self.shape).layout == "embedding"
-        matrix = weight.to(self.device, self.dtype)
-        offset = None if bias is None else bias.to(self.device, self.dtype)
-        if embedding:
-            return lambda ids: nn.functional.embedding(ids, matrix.T)
-        return lambda x: nn.functional.linear(x, matrix, offset)
-
-    @contextmanager
-    def _streamed(self, name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        place = self.tap(name)
-        module = self.model.get_submodule(place.path)
-        if place.side == "in":
-
-            def pre(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if args:
-                    return (change(args[0]), *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-            handle = module.register_forward_pre_hook(pre, with_kwargs=True)
-        else:
-
-            def post(_m: Any, _a: Any, output: Any) -> Any:
-                if isinstance(output, tuple):
-                    return (change(output[0]), *output[1:])
-                return change(output)
-
-            handle = module.register_forward_hook(post)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def with_edit(self, edit: Edit) -> TorchLens:
-        if self.edit is not None:
-            edit = Edit(
-                weights={**self.edit.weights, **edit.weights},
-                stream={**self.edit.stream, **edit.stream},
-            )
-        return TorchLens(self.model, self.tokenizer, edit, self.convention)
+def _refuse_wrapped(root: nn.Module) -> None:
+    """Unmerged adapters and modules another library has wrapped: ``y = W x + b`` fails there."""
+    if hasattr(root, "peft_config"):
+        raise ArchitectureError(
+            f"object of type {type(root).__name__}",
+            given="a PEFT model whose adapter is not merged",
+            expected="a plain Hugging Face model, or the adapter folder",
+            remedy="Pass the adapter folder, or model.merge_and_unload().",
+        )
+    if any(hasattr(type(module), "original_component") for module in root.modules()):
+        raise ArchitectureError(
+            f"object of type {type(root).__name__}",
+            given="a Hugging Face model that a TransformerBridge has wrapped in place",
+            expected="the TransformerBridge, or a model that was not wrapped",
+            remedy="Pass the bridge itself, or boot it on a copy.deepcopy of the model.",
+        )
 
 
-class _Countdown:
-    """Stops the forward pass after the last wanted capture (n < 0: never)."""
-
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def step(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise StopForward
-
-
-@dataclass(frozen=True, eq=False)
-class Tap:
-    """A module path, a side of it, and the rows wanted of its output."""
-
-    path: str
-    side: str
-    rows: Tensor | None = None
-
-
-def stream_points(shape: ModelShape) -> list[Space]:
-    """Points of the residual stream in forward order, each once."""
-    points = [Space("resid_pre", 0)]
-    for layer in range(shape.n_layers):
-        if not shape.parallel:
-            points.append(Space("resid_mid", layer))
-        points.append(Space("resid_post", layer))
-    return points
-
-
-_POINT_SITES = {
-    "attn_z": ("attn.o", "in"),
-    "mlp_hidden": ("mlp.out", "in"),
-    "attn_q": ("attn.q", "out"),
-    "attn_k": ("attn.k", "out"),
-    "attn_v": ("attn.v", "out"),
-    "mlp_gate": ("mlp.gate", "out"),
-    "mlp_in": ("mlp.in", "out"),
-}
-
-
-def tap_of(name: str, shape: ModelShape, sites: Mapping[str, Site]) -> Tap:
-    table = shape.table
-    stem, colon, side = name.rpartition(":")
-    if colon and side in {"in", "out"} and stem in sites:
-        site = sites[stem]
-        rows = row_index(site, shape) if side == "out" else None
-        return Tap(module_path(site, shape), side, rows)
-    if colon:
-        select_sites(sites.values(), stem)
-    space = Space.parse(name)
-    layer = space.layer
-    if layer is not None and layer < shape.n_layers:
-        block = f"{table.blocks}.{layer}"
-        if space.point == "resid_pre":
-            return Tap(block, "in")
-        if space.point == "resid_post":
-            return Tap(block, "out")
-        if space.point == "resid_mid" and not shape.parallel:
-            norm = table.mlp_norm or table.mlp
-            return Tap(norm.format(L=layer), "in")
-        if space.point in _POINT_SITES:
-            kind, where = _POINT_SITES[space.point]
-            site = sites.get(f"blocks.{layer}.{kind}")
-            if site is not None:
-                return tap_of(f"{site.name}:{where}", shape, sites)
-    raise SiteError(
-        f"capture point {name!r}",
-        given=f"a point this {shape.family} model of {shape.n_layers} layers does not have",
-        expected="resid_pre.L, resid_mid.L, resid_post.L, attn_z.L, mlp_hidden.L or SITE:in/out",
-        remedy="List the sites with `mi-weightspace sites MODEL`.",
-    )
+__all__ = ["SiteModule", "TorchLens"]
