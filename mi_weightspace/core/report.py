@@ -287,7 +287,7 @@ def _known_kinds() -> dict[str, type[Report]]:
     return _REGISTRY
 
 
-REPORT_MODULES: tuple[str, ...] = ()
+REPORT_MODULES: tuple[str, ...] = ("probes.bank", "probes.dmu")
 """Modules that define Report subclasses, by name: `core` never imports upward in code."""
 
 

@@ -1,0 +1,436 @@
+"""DEFER probes: one linear probe per stream point, judged on what it has not seen.
+
+`fit` takes a live model (or activations already harvested) and a contrast set, and returns a
+`ProbeBank`: a direction per point with its controls, held-out scores with intervals, permutation
+p-values with the maximum over points, specificity on the controls, and a layer chosen on inner
+folds. What it does not claim: that a decodable register is *used*, or that the stage where it
+decodes wrote it; registers are normally decodable at AUROC 1 before any stage wires them up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mi_weightspace.core.activations import PairedActivations
+from mi_weightspace.core.contrasts import Contrast, ContrastSet, Split
+from mi_weightspace.core.errors import ConfigError, PromptError
+from mi_weightspace.core.shifts import DEAD_SHIFT, cluster_index, mean_shift, studentised_max_p
+from mi_weightspace.core.space import Space
+from mi_weightspace.core.verdict import Verdict, Word
+from probes.bank import ProbeBank, principal_rows, unit_rows
+from probes.gather import Roles, obtain, one_target, pick_points, stack
+from probes.linear import (
+    METHODS,
+    Kernel,
+    Method,
+    from_gram,
+    haufe_pattern,
+    leave_out_scores,
+    operators,
+    pair_auroc,
+    permuted_aurocs,
+    within_pair,
+)
+from probes.logistic import score
+from probes.validation import (
+    HeldOut,
+    as_row,
+    choose_point,
+    estimates,
+    fit_all,
+    group_schemes,
+    hold_out,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MIN_CLUSTERS = 5
+"""Below this no sign-flip p can reach 0.05 (2⁻⁵ = 0.031)."""
+LEAST_CLUSTERS = 3
+"""Below this the nested choice has nothing to fit on."""
+ALPHA = 0.05
+ENOUGH_CONTROLS = 19
+N_PCS = 8
+MOST_PC_ROWS = 256
+_CHUNK_BYTES = 1 << 28
+
+
+def fit(
+    model: Any,
+    contrasts: ContrastSet | None = None,
+    *,
+    target: str | None = None,
+    points: Sequence[Space | str] | None = None,
+    position: str | None = None,
+    method: Method = "lda",
+    n_permutations: int = 1000,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+    progress: bool = True,
+) -> ProbeBank:
+    """Fit a probe of one contrast at every point of one stage.
+
+    Args:
+        model: `PairedActivations`, or anything `mi_weightspace.load` takes (then harvested).
+        contrasts: the prompts; activations carry their own. Pairs of split ``fit`` are fitted,
+            ``heldout_register`` and ``heldout_item`` pairs only scored.
+        target: the contrast; default the set's only target.
+        points: default every stream point.
+        position: pooling rule of a harvest, default ``last``.
+        method: see `probes.linear`; the filter is of this method, the pattern is Δμ (``ridge`` and
+            ``lr``: Haufe's ``Cov(x) w``).
+
+    Raises:
+        PromptError: no or several targets, fewer than three clusters, no pairs to fit on, no point
+            where the two sides differ, or prompts that are not those of the activations.
+        ConfigError: an unknown method.
+    """
+    if method not in METHODS or n_permutations < 1 or n_bootstrap < 1:
+        raise ConfigError(
+            "probe",
+            given=f"method={method!r}, n_permutations={n_permutations}, n_bootstrap={n_bootstrap}",
+            expected=f"a method of {METHODS} and at least one draw",
+            remedy="Use method='lda'.",
+        )
+    start = time.perf_counter()
+    activations = obtain(model, contrasts, points=points, position=position, progress=progress)
+    harvested = time.perf_counter()
+    who = one_target(activations.contrasts, target)
+    every = pick_points(activations, points)
+    task = _Task(activations, who, method, seed, n_bootstrap, every)
+    live = task.live
+    numbers = _numbers(task, n_permutations)
+    table = _table(task, numbers)
+    arrays, controls = _arrays(task, numbers)
+    verdict, reservations = _judge(task, numbers, table, len(controls))
+    return ProbeBank(
+        table=table,
+        tables={"controls": numbers.controls, "choice": numbers.choice},
+        arrays=arrays,
+        verdicts=(verdict,),
+        config={
+            "target": task.name,
+            "stage": activations.stage,
+            "position": activations.position,
+            "convention": activations.convention,
+            "method": method,
+            "points": [p.name for p in live],
+            "best_point": live[numbers.best].name,
+            "controls": list(controls),
+            "n_permutations": n_permutations,
+            "n_bootstrap": n_bootstrap,
+            "seed": seed,
+        },
+        inputs={"model": activations.model_hash, "prompts": activations.contrasts.hash},
+        reservations=reservations,
+        timings={"harvest": harvested - start, "fit": time.perf_counter() - harvested},
+    )
+
+
+class _Task:
+    """One contrast's activations, split, with the points that have something to fit."""
+
+    def __init__(
+        self,
+        activations: PairedActivations,
+        who: Roles,
+        method: Method,
+        seed: int,
+        n_bootstrap: int,
+        every: tuple[Space, ...],
+    ) -> None:
+        self.activations, self.who = activations, who
+        self.method: Method = method
+        self.seed, self.n_bootstrap, self.every = seed, n_bootstrap, every
+        self.name = who.targets[0]
+        self.contrast: Contrast = activations.contrasts[self.name]
+        self.pairs = self.split("fit")
+        self.clusters = [self.contrast.pairs[i].cluster_id for i in self.pairs]
+        if len(set(self.clusters)) < LEAST_CLUSTERS:
+            raise PromptError(
+                f"contrast {self.name!r}",
+                given=f"{len(set(self.clusters))} clusters of split 'fit'",
+                expected=f"at least {LEAST_CLUSTERS} (item × wording)",
+                remedy="Add items, or mark more pairs as split 'fit'.",
+            )
+        self.is_live = self._differs(self.name, self.pairs)
+        self.live = tuple(p for p, ok in zip(every, self.is_live.tolist(), strict=True) if ok)
+        if not self.live:
+            raise PromptError(
+                f"contrast {self.name!r}",
+                given="the same activations on both sides at every point",
+                expected="at least one point where the two sides differ",
+                remedy="Check that the prompts differ before the position pooled.",
+            )
+        self.values = stack(activations, self.name, self.live, self.pairs)
+        self.controls = tuple(
+            name for name in who.controls if bool(self._differs(name)[self.is_live].all())
+        )
+        d = self.values.shape[-1]
+        self.chunk = max(1, _CHUNK_BYTES // (16 * self.values.shape[1] * d))
+
+    def split(self, split: Split) -> list[int]:
+        return [i for i, pair in enumerate(self.contrast.pairs) if pair.split == split]
+
+    def _differs(self, name: str, pairs: Sequence[int] | None = None) -> Bool[Tensor, " points"]:
+        """Points with a shift and with variance between items."""
+        found = []
+        for point in self.every:
+            value = self.activations.at(name, point)
+            wide = (value if pairs is None else value[list(pairs)]).double()
+            size = DEAD_SHIFT * wide.norm(dim=-1).mean()
+            shift = (wide[:, 0] - wide[:, 1]).mean(0).norm()
+            spread = (wide - wide.mean(0)).square().sum(-1).mean().sqrt()
+            found.append(bool(shift > size) and bool(spread > size))
+        return torch.tensor(found)
+
+    def kernel(self) -> Kernel:
+        grams = []
+        for value in self.values:
+            rows = torch.cat([value[:, 0], value[:, 1]]).double()
+            rows = rows - rows.mean(0)
+            grams.append(rows @ rows.T)
+        return from_gram(torch.stack(grams), self.values.shape[-1])
+
+    def filters(
+        self, values: Float[Tensor, "points n 2 d"], penalty: Float[Tensor, " points"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Filter (L, d), bias (L,) and pattern (L, d), not normalised."""
+        parts = []
+        for start in range(0, len(values), self.chunk):
+            part = slice(start, start + self.chunk)
+            weight, bias = fit_all(self.method, values[part], penalty[part])
+            if self.method in {"ridge", "lr"}:
+                pattern = haufe_pattern(values[part], weight)
+            else:
+                pattern = mean_shift(values[part, :, 0].double() - values[part, :, 1].double())
+            parts.append((weight, bias, pattern))
+        weight, bias, pattern = (torch.cat(column) for column in zip(*parts, strict=True))
+        return weight, bias, pattern
+
+
+@dataclass(frozen=True, eq=False)
+class _Numbers:
+    """Results at the live points, in their order."""
+
+    columns: dict[str, Any]
+    weight: Float[Tensor, "points d"]
+    bias: Float[Tensor, " points"]
+    pattern: Float[Tensor, "points d"]
+    penalty: Float[Tensor, " points"]
+    controls: pd.DataFrame
+    choice: pd.DataFrame
+    best: int
+
+
+def _numbers(task: _Task, n_permutations: int) -> _Numbers:
+    index = cluster_index(task.clusters)
+    kernel_ = task.kernel()
+    held = hold_out(task.method, task.values, index, kernel_)
+    own = estimates(held.scores, task.clusters, task.n_bootstrap, seed=task.seed)
+    columns: dict[str, Any] = {k: [as_row(e)[k] for e in own] for k in as_row(own[0])}
+    columns["p"], columns["p_adjusted"] = _permutation_p(task, kernel_, held, n_permutations)
+    weight, bias, pattern = task.filters(task.values, held.penalty)
+    for split in ("heldout_register", "heldout_item"):
+        columns |= _held_out_columns(task, split, weight, bias)
+    for scheme, groups in group_schemes([task.contrast.pairs[i] for i in task.pairs]).items():
+        if task.method != "lr":
+            found = hold_out(task.method, task.values, groups, kernel_)
+            columns[f"{scheme}_auroc"] = found.auroc.tolist()
+    controls, extra = _specificity(task, weight, bias)
+    choice = choose_point(task.method, task.values, index, kernel_)
+    nested = estimates(choice.scores[None], task.clusters, task.n_bootstrap, seed=task.seed)[0]
+    import pandas as pd
+
+    picked = {"point": task.live[choice.point].name, "layer": task.live[choice.point].layer}
+    inner = ", ".join(f"{task.live[i].name} {n}" for i, n in sorted(choice.inner.items()))
+    row = picked | as_row(nested) | {"inner_choices": inner}
+    return _Numbers(
+        columns | extra,
+        weight,
+        bias,
+        pattern,
+        held.penalty,
+        controls,
+        pd.DataFrame([row]),
+        choice.point,
+    )
+
+
+def _permutation_p(
+    task: _Task, kernel_: Kernel, held: HeldOut, n_permutations: int
+) -> tuple[list[float], list[float]]:
+    """p of the leave-cluster-out AUROC, alone and by the maximum over points."""
+    index = cluster_index(task.clusters)
+    ops = held.ops or tuple(operators("ridge", kernel_, index))
+    ones = torch.ones(1, len(task.clusters), dtype=torch.float64)
+    observed = held.auroc if held.ops else pair_auroc(leave_out_scores(ops, ones)[0])[0]
+    null = permuted_aurocs(ops, index, n_permutations, seed=task.seed)
+    p, joint = studentised_max_p(observed, null)
+    return p.tolist(), joint.tolist()
+
+
+def _held_out_columns(
+    task: _Task, split: Split, weight: Tensor, bias: Tensor
+) -> dict[str, list[float]]:
+    names = ("auroc", "auroc_low", "auroc_high", "within_pair", "n_clusters")
+    pairs = task.split(split)
+    if not pairs:
+        return {f"{split}_{name}": [float("nan")] * len(task.live) for name in names}
+    values = stack(task.activations, task.name, task.live, pairs)
+    clusters = [task.contrast.pairs[i].cluster_id for i in pairs]
+    found = estimates(score(values, weight, bias), clusters, task.n_bootstrap, seed=task.seed)
+    return {f"{split}_{name}": [float(as_row(e)[name]) for e in found] for name in names}
+
+
+def _specificity(
+    task: _Task, weight: Tensor, bias: Tensor
+) -> tuple[pd.DataFrame, dict[str, list[float]]]:
+    """The probe's score on every control, and what of it belongs in the main table."""
+    import pandas as pd
+
+    empty = [float("nan")] * len(task.live)
+    if not task.who.controls:
+        frame = pd.DataFrame(columns=["point", "control", "auroc", "within_pair"])
+        names = ("specificity", "specificity_max", "recall_at_1_fpr")
+        return frame, {name: list(empty) for name in names}
+    rows, distances, others = [], [], []
+    for name in task.who.controls:
+        scores = score(stack(task.activations, name, task.live), weight, bias)
+        curve, accuracy = pair_auroc(scores), within_pair(scores)
+        others.append(scores.flatten(1))
+        distances.append((curve - 0.5).abs())
+        rows += [
+            {"point": p.name, "control": name, "auroc": float(a), "within_pair": float(w)}
+            for p, a, w in zip(task.live, curve, accuracy, strict=True)
+        ]
+    threshold = torch.cat(others, 1).quantile(0.99, dim=1)
+    pairs = task.split("heldout_register") or task.pairs
+    positives = score(stack(task.activations, task.name, task.live, pairs), weight, bias)[..., 0]
+    distance = torch.stack(distances)
+    return pd.DataFrame(rows), {
+        "specificity": distance.mean(0).tolist(),
+        "specificity_max": distance.max(0).values.tolist(),
+        "recall_at_1_fpr": (positives > threshold[:, None]).double().mean(1).tolist(),
+    }
+
+
+def _table(task: _Task, numbers: _Numbers) -> pd.DataFrame:
+    import pandas as pd
+
+    scores = pd.DataFrame(numbers.columns, index=[p.name for p in task.live])
+    scores = scores.reindex([p.name for p in task.every])
+    for name, value in (("n", len(task.pairs)), ("n_clusters", len(set(task.clusters)))):
+        scores[name] = value
+    head = pd.DataFrame(
+        {
+            "point": [p.name for p in task.every],
+            "layer": [p.layer for p in task.every],
+            "contrast": task.name,
+            "method": task.method,
+        },
+        index=scores.index,
+    )
+    scores["n_controls"] = len(task.who.controls)
+    scores["chosen"] = head["point"] == task.live[numbers.best].name
+    return pd.concat([head, scores], axis=1).reset_index(drop=True)
+
+
+def _arrays(task: _Task, numbers: _Numbers) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Directions of every live point with the controls' and the moments of all prompts."""
+    shift = mean_shift(task.values[:, :, 0].double() - task.values[:, :, 1].double())
+    arrays = {
+        "pattern": unit_rows(numbers.pattern),
+        "filter": unit_rows(numbers.weight),
+        "scale": shift.norm(dim=-1).float(),
+        "bias": numbers.bias,
+        "filter_norm": numbers.weight.norm(dim=-1),
+    }
+    patterns, filters = [], []
+    for name in task.controls:
+        weight, _, pattern = task.filters(stack(task.activations, name, task.live), numbers.penalty)
+        patterns.append(unit_rows(pattern))
+        filters.append(unit_rows(weight))
+    if task.controls:
+        arrays["control_patterns"] = torch.stack(patterns, 1)
+        arrays["control_filters"] = torch.stack(filters, 1)
+    return arrays | _moments(task), task.controls
+
+
+def _moments(task: _Task) -> dict[str, Tensor]:
+    """Mean and variance over every prompt, and principal directions of an even sample of them."""
+    names = [c.name for c in task.activations.contrasts]
+    means, variances, samples = [], [], []
+    for point in task.live:
+        rows = torch.cat([task.activations.at(name, point).flatten(0, 1) for name in names])
+        variance, mean = torch.var_mean(rows.double(), dim=0)
+        means.append(mean.float())
+        variances.append(variance.float())
+        step = -(-len(rows) // MOST_PC_ROWS)
+        samples.append(rows[::step])
+    return {
+        "mean": torch.stack(means),
+        "variance": torch.stack(variances),
+        "pcs": principal_rows(samples, N_PCS),
+    }
+
+
+# ---- verdict -------------------------------------------------------------------------------
+def _judge(
+    task: _Task, numbers: _Numbers, table: pd.DataFrame, n_controls: int
+) -> tuple[Verdict, tuple[str, ...]]:
+    """At the chosen point: is it decodable, and more so than what the probe makes of controls?"""
+    row = table[table["chosen"]].iloc[0]
+    nested = numbers.choice.iloc[0]
+    held = row["heldout_register_auroc"]
+    headline = held if held == held else nested["auroc"]
+    own = numbers.controls[numbers.controls["point"] == row["point"]]
+    exceeded = int((np.abs(np.asarray(own["auroc"], dtype=float) - 0.5) >= headline - 0.5).sum())
+    p_rank = (1 + exceeded) / (len(own) + 1)
+    evidence = {
+        "headline_auroc": float(headline),
+        "nested_auroc": float(nested["auroc"]),
+        "p_adjusted": float(row["p_adjusted"]),
+        "n_clusters": len(set(task.clusters)),
+        "n_controls": len(own),
+        "controls_as_high": exceeded,
+    }
+    if evidence["n_clusters"] < MIN_CLUSTERS:
+        word = Word.UNDERPOWERED
+    elif not row["p_adjusted"] <= ALPHA:
+        word = Word.NOT_SIGNIFICANT
+    elif not len(own):
+        word = Word.ALIGNED_NO_CONTROLS
+    elif p_rank <= max(ALPHA, 1 / (len(own) + 1)):
+        word = Word.AXIS_SPECIFIC
+    else:
+        word = Word.NOT_AXIS_SPECIFIC
+    subject = " / ".join(filter(None, [task.activations.stage, task.name, row["point"]]))
+    return Verdict(word, subject, evidence), _reservations(task, n_controls)
+
+
+def _reservations(task: _Task, n_controls: int) -> tuple[str, ...]:
+    found = []
+    given = len(task.who.controls)
+    if not task.split("heldout_register"):
+        found.append("No held-out register: the scores say nothing about other ways to say it.")
+    if given < ENOUGH_CONTROLS:
+        found.append(f"{given} controls: a rank among them cannot be below 1/{given + 1}.")
+    if n_controls < given:
+        found.append(
+            f"{given - n_controls} controls carry no shift at some point and are left out of the "
+            "directions' controls."
+        )
+    dead = [p.name for p in task.every if p not in task.live]
+    if dead:
+        found.append(f"Both sides carry the same vector at {', '.join(dead)}: no probe there.")
+    return tuple(found)
