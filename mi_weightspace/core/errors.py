@@ -17,6 +17,16 @@ class WeightspaceError(ValueError):
         self.subject, self.given, self.expected, self.remedy = subject, given, expected, remedy
         super().__init__(f"{subject}: got {given}; expected {expected}. {remedy}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Refusals raised in a worker process reach the parent whole."""
+        return _rebuild, (type(self), self.subject, self.given, self.expected, self.remedy)
+
+
+def _rebuild(
+    kind: type[WeightspaceError], subject: str, given: str, expected: str, remedy: str
+) -> WeightspaceError:
+    return kind(subject, given=given, expected=expected, remedy=remedy)
+
 
 class CheckpointError(WeightspaceError):
     """A checkpoint that is missing, truncated, non-finite, quantised or in a refused format."""

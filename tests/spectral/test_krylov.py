@@ -134,6 +134,21 @@ def test_hard_directions_are_right_or_unresolved(name: str, seed: int, dtype: to
     assert got.certificate(0, 0) > 0.2 or error < 2e-3, (got.certificate(0, 0), error)
 
 
+def test_certificate_is_residual_over_the_smaller_gap() -> None:
+    scale = torch.tensor([3.0, 2.0, 1.9]).double()
+    residual = torch.tensor([0.1, 0.2, 0.3]).double()
+    made = Triplets(torch.eye(3), scale, torch.eye(3), residual, following=1.0)
+    assert made.certificate(0, 0) == pytest.approx(0.1 / (9 - 4))
+    assert made.certificate(1, 1) == pytest.approx(0.2 / (4 - 1.9**2))
+    assert made.certificate(2, 2) == pytest.approx(0.3 / (4 - 1.9**2))
+    assert made.certificate(1, 2) == pytest.approx(0.13**0.5 / (1.9**2 - 1))
+
+
+def test_following_is_the_next_value() -> None:
+    got, truth = found("power_law"), lapack("power_law")[1]
+    assert got.following == pytest.approx(float(truth[RANK]), rel=0.03)
+
+
 def test_residual_is_the_true_residual() -> None:
     for name in SEPARATED[1:]:
         a, got = matrix(name).double(), found(name)
