@@ -48,5 +48,7 @@ def verify_sites(lens: Lens) -> None:
             f"site {worst} of this {lens.shape.family} model",
             given=f"an output that differs from W x + b by {error:.2g} of its size",
             expected=f"at most {TOLERANCE * epsilon:.2g}",
-            remedy="The model deviates from its family's table (custom code? a wrapped module?).",
+            remedy="The model deviates from its family's table "
+            "(custom code? a wrapped module? a hook that changes an output?); verify=False skips "
+            "this check.",
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,15 @@ _ARCHITECTURES = {
     "Olmo2ForCausalLM": "olmo2",
     "Phi3ForCausalLM": "phi3",
 }
+_NO_GAIN = {"olmo"}
+"""Families whose norms have no weight: the library fills in ones."""
+_SWITCHES = (
+    "use_split_qkv_input",
+    "use_attn_in",
+    "use_attn_result",
+    "ungroup_grouped_query_attention",
+    "load_in_4bit",
+)
 CENTRED = 1e-5
 """Largest |column mean| relative to the spread that is taken for centring: float32 rounding of a
 centred matrix is below it, a trained or random matrix of any width is far above."""
@@ -50,8 +59,8 @@ class HookedTransformerLens(HookedLens):
     """A `Lens` over an unprocessed HookedTransformer.
 
     Raises:
-        ProcessedWeightsError: folded norms (`normalization_type` ending in ``Pre``) or centred
-            writing weights or unembedding.
+        ProcessedWeightsError: folded norms (`normalization_type` ending in ``Pre``), centred
+            writing weights or unembedding, or refactored attention.
     """
 
     def __post_init__(self) -> None:
@@ -60,6 +69,8 @@ class HookedTransformerLens(HookedLens):
             raise refuse_processed("HookedTransformer", "norms folded into the weights (fold_ln)")
         super().__post_init__()
         refuse_centred(self, "HookedTransformer")
+        if _refactored(self.model.blocks[0].attn.W_O):
+            raise refuse_processed("HookedTransformer", "refactored attention matrices")
 
     @property
     def root(self) -> nn.Module:
@@ -68,11 +79,7 @@ class HookedTransformerLens(HookedLens):
     def _read_shape(self) -> ModelShape:
         cfg = self.model.cfg
         family = _ARCHITECTURES.get(cfg.original_architecture)
-        unsupported = [
-            name
-            for name in ("use_split_qkv_input", "use_attn_in", "use_attn_result", "load_in_4bit")
-            if getattr(cfg, name, False)
-        ]
+        unsupported = [name for name in _SWITCHES if getattr(cfg, name, False)]
         if family is None or unsupported:
             raise ArchitectureError(
                 "HookedTransformer",
@@ -80,10 +87,7 @@ class HookedTransformerLens(HookedLens):
                 expected=f"one of {sorted(_ARCHITECTURES)} with those switches off",
                 remedy="Use TransformerBridge.boot_transformers on the same checkpoint.",
             )
-        tied = self.model.W_E.shape == self.model.W_U.T.shape and torch.equal(
-            self.model.W_E, self.model.W_U.T
-        )
-        return ModelShape(
+        shape = ModelShape(
             family=family,
             n_layers=cfg.n_layers,
             d_model=cfg.d_model,
@@ -93,16 +97,19 @@ class HookedTransformerLens(HookedLens):
             d_mlp=cfg.d_mlp,
             vocab_size=cfg.d_vocab,
             parallel=cfg.parallel_attn_mlp,
-            tied=tied,
+            tied=False,
             max_positions=cfg.n_ctx,
         )
+        scaled = self.model.W_U.T * _embed_scale(shape, self.dtype)
+        return replace(shape, tied=torch.equal(self.model.W_E, scaled))
 
     # ---- weights ---------------------------------------------------------------------------
     def _raw(self, site: Site) -> Float[Tensor, "d_out d_in"]:
+        if site.kind == "unembed" or (site.kind == "embed" and self.shape.tied):
+            unembed = self.model.W_U.detach()  # exact, where dividing by the scale would round
+            return unembed.T if site.kind == "unembed" else unembed
         if site.kind == "embed":
             return (self.model.W_E.detach() / self._embed_scale()).T
-        if site.kind == "unembed":
-            return self.model.W_U.detach().T
         block = self.model.blocks[site.layer]
         if site.kind.startswith("mlp"):
             return getattr(block.mlp, f"W_{site.kind.removeprefix('mlp.')}").detach().T
@@ -133,21 +140,16 @@ class HookedTransformerLens(HookedLens):
         return bias.detach().flatten() if bool(bias.any()) else None
 
     def _embed_scale(self) -> float:
-        """The library multiplies Gemma's embedding matrix by √d once and for all."""
-        gemma = self.shape.family.startswith("gemma")
-        if not gemma:
-            return 1.0
-        root = torch.tensor(self.shape.d_model**0.5, dtype=self.dtype)
-        return float(root)
+        return _embed_scale(self.shape, self.dtype)
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         site = self.site(site)
         if self.shape.table.pre_norm(site.kind) is None:
             return None
         if site.kind == "unembed":
-            return _gain(self.model.ln_final)
+            return self._gain(self.model.ln_final)
         block = self.model.blocks[site.layer]
-        return _gain(block.ln1 if site.kind.startswith("attn") else block.ln2)
+        return self._gain(block.ln1 if site.kind.startswith("attn") else block.ln2)
 
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         site = self.site(site)
@@ -155,8 +157,15 @@ class HookedTransformerLens(HookedLens):
             return None
         block, first = self.model.blocks[site.layer], site.kind == "attn.o"
         if self.shape.table.pre_norm("attn.q") is None:  # post-norm only: named ln1 and ln2
-            return _gain(block.ln1 if first else block.ln2)
-        return _gain(block.ln1_post if first else block.ln2_post)
+            return self._gain(block.ln1 if first else block.ln2)
+        return self._gain(block.ln1_post if first else block.ln2_post)
+
+    def _gain(self, norm: nn.Module) -> Tensor | None:
+        """The gain as applied: for Gemma the library has added the one already."""
+        weight: Any = getattr(norm, "w", None)
+        if weight is None or self.shape.family in _NO_GAIN:
+            return None
+        return weight.detach().float().clone()
 
     def unembed(self) -> tuple[StreamFunction, Float[Tensor, "vocab d_model"]]:
         return self.model.ln_final, self.weight("unembed")
@@ -203,6 +212,17 @@ class HookedTransformerLens(HookedLens):
             yield
 
 
+class _Put:
+    """Forward hook that writes the function's value; silent while an inner one is active."""
+
+    def __init__(self, function: SiteFunction, inputs: list[Tensor]) -> None:
+        self.function, self.inputs, self.silent = function, inputs, False
+
+    def __call__(self, _m: Any, _a: Any, output: Tensor) -> Tensor | None:
+        x = self.inputs.pop()
+        return None if self.silent else self.function(x).reshape(output.shape).to(output.dtype)
+
+
 @contextmanager
 def _computed(read: Tap, write: Tap, function: SiteFunction) -> Iterator[None]:
     inputs: list[Tensor] = []
@@ -216,9 +236,8 @@ def _computed(read: Tap, write: Tap, function: SiteFunction) -> Iterator[None]:
     def seen(_m: Any, _a: Any, output: Tensor) -> None:
         inputs[:] = [flat(output)]
 
-    def put(_m: Any, _a: Any, output: Tensor) -> Tensor:
-        return function(inputs.pop()).reshape(output.shape).to(output.dtype)
-
+    outer = [h for h in write.module._forward_hooks.values() if isinstance(h, _Put)]
+    silenced = [put for put in outer if not put.silent]
     with ExitStack() as stack:
         if read.side == "in":
             handle = read.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -226,14 +245,27 @@ def _computed(read: Tap, write: Tap, function: SiteFunction) -> Iterator[None]:
             handle = read.module.register_forward_hook(seen)
         stack.callback(handle.remove)
         # first in line, so that the user's own hooks see the replaced output
-        stack.callback(write.module.register_forward_hook(put, prepend=True).remove)
-        yield
+        put = write.module.register_forward_hook(_Put(function, inputs), prepend=True)
+        stack.callback(put.remove)
+        for hook in silenced:
+            hook.silent = True
+        try:
+            yield
+        finally:
+            for hook in silenced:
+                hook.silent = False
 
 
-def _gain(norm: nn.Module) -> Tensor | None:
-    """The gain as applied: for Gemma the library has added the one already."""
-    weight: Any = getattr(norm, "w", None)
-    return None if weight is None else weight.detach().float().clone()
+def _embed_scale(shape: ModelShape, dtype: torch.dtype) -> float:
+    """The library multiplies Gemma's embedding matrix by √d once and for all."""
+    gemma = shape.family.startswith("gemma")
+    return float(torch.tensor(shape.d_model**0.5, dtype=dtype)) if gemma else 1.0
+
+
+def _refactored(w_o: Float[Tensor, "heads d_head d_model"]) -> bool:
+    """Whether every head's W_O is a rotation, which `refactor_factored_attn_matrices` makes it."""
+    gram = w_o.detach().float() @ w_o.detach().float().mT
+    return bool((gram - torch.eye(gram.shape[-1], device=gram.device)).abs().max() < 1e-3)
 
 
 def refuse_processed(subject: str, given: str) -> ProcessedWeightsError:
@@ -263,8 +295,10 @@ def refuse_centred(lens: HookedLens, subject: str) -> None:
 def _centred(matrix: Float[Tensor, "d_out d_in"]) -> bool:
     """Whether every column (a vector in the output space) has mean zero, up to rounding."""
     means = matrix.float().mean(0).abs().max()
-    epsilon = torch.finfo(matrix.dtype).eps / torch.finfo(torch.float32).eps
-    return bool(means <= CENTRED * epsilon * matrix.float().abs().max())
+    # rounding a centred bfloat16 matrix leaves means of up to eps/2 over the root of the width;
+    # those of a matrix that is not centred are about one over that root
+    tolerance = max(CENTRED, torch.finfo(matrix.dtype).eps / 4)
+    return bool(means <= tolerance * matrix.float().abs().max())
 
 
 assert set(_ARCHITECTURES.values()) <= set(FAMILIES), "a HookedTransformer family without a table"

@@ -301,6 +301,18 @@ def _then(first: StreamFunction, second: StreamFunction) -> StreamFunction:
     return lambda x: second(first(x))
 
 
+def forward_arguments(tokens: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Arguments of a Hugging Face forward pass; positions are given where rows are left-padded.
+
+    GPT-2 numbers positions from the first column, mask or not: without `position_ids` a
+    left-padded prompt would be read from the wrong position on, in silence.
+    """
+    arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+    if bool((mask[:, 0] == 0).any()):
+        arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    return arguments
+
+
 @contextmanager
 def evaluating(root: nn.Module) -> Iterator[None]:
     """Evaluation mode (dropout would make every number random); each module's own mode returns."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mi_weightspace.models.backends.hooks import forward_arguments
 from mi_weightspace.models.backends.torch_hooks import Piece, SiteModule, TorchLens
 
 
@@ -31,23 +32,25 @@ class NNsightLens(TorchLens):
             return super()._forward(tokens, mask)
         from nnsight import save
 
-        with self.model.trace(input_ids=tokens, attention_mask=mask, use_cache=False):
+        with self.model.trace(**forward_arguments(tokens, mask)):
             logits = save(self.model.output.logits)
-        return logits
+        return logits  # noqa: RET504  (nnsight reads the block's source)
 
     @contextmanager
     def _swapped(self, path: str, pieces: Sequence[Piece]) -> Iterator[None]:
         parent_path, _, leaf = path.rpartition(".")
-        parent = self._envoy(parent_path)
-        original: nn.Module = self.at(path)
+        parent, original, envoy = self.at(parent_path), self.at(path), self._envoy(path)
         kind = type(original)
         # the instance `forward` is nnsight's: calling it would offer this location twice
         stand_in = SiteModule(original, pieces, lambda x: kind.forward(original, x))
+        # the same envoy is pointed elsewhere and back, so that one the user holds is never stale
         setattr(parent, leaf, stand_in)
+        envoy._update(stand_in)
         try:
             yield
         finally:
             setattr(parent, leaf, original)
+            envoy._update(original)
 
     def _envoy(self, path: str) -> Any:
         found = self.model

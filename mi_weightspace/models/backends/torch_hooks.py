@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mi_weightspace.core.errors import ArchitectureError, CheckpointError
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
-from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap
+from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap, forward_arguments
 from mi_weightspace.models.grammar import (
     ModelShape,
     canonical,
@@ -180,7 +180,7 @@ class TorchLens(HookedLens):
         return float(getattr(self.module("embed"), "embed_scale", 1.0))
 
     def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.root(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return self.root(**forward_arguments(tokens, mask)).logits
 
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
         rows = row_index(site, self.shape) if side == "out" else None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mi_weightspace.core.errors import CheckpointError
+from mi_weightspace.core.errors import ArchitectureError, CheckpointError
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
 from mi_weightspace.models.backends.hooked_transformer import (
@@ -24,7 +24,7 @@ from mi_weightspace.models.backends.hooked_transformer import (
     refuse_centred,
     refuse_processed,
 )
-from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap
+from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap, forward_arguments
 from mi_weightspace.models.backends.torch_hooks import SiteModule
 from mi_weightspace.models.grammar import ModelShape, shape_of
 from mi_weightspace.models.lens import SiteFunction
@@ -49,7 +49,15 @@ class BridgeLens(HookedLens):
         return self.model.original_model
 
     def _read_shape(self) -> ModelShape:
-        return shape_of(self.root.config)
+        config = getattr(self.root, "config", None)
+        if getattr(config, "model_type", None) is None:
+            raise ArchitectureError(
+                "TransformerBridge",
+                given=f"a bridge over {type(self.root).__name__}, no Hugging Face model",
+                expected="a bridge booted on a Hugging Face causal language model",
+                remedy="Boot it with TransformerBridge.boot_transformers.",
+            )
+        return shape_of(config)
 
     def component(self, site: Site | str) -> Any:
         """The bridge component of a site: its `original_component` is the Linear or Conv1D."""
@@ -79,7 +87,9 @@ class BridgeLens(HookedLens):
 
     def _raw_bias(self, site: Site) -> Float[Tensor, " d_out"] | None:
         bias: Any = getattr(self.module(site), "bias", None)
-        return None if bias is None else bias.detach()
+        if bias is None or (site.kind == "unembed" and not bool(bias.any())):
+            return None  # the bridge gives an unembedding without a bias one of zeros
+        return bias.detach()
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         site = self.site(site)
@@ -103,7 +113,7 @@ class BridgeLens(HookedLens):
         return float(getattr(self.module("embed"), "embed_scale", 1.0))
 
     def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.root(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return self.root(**forward_arguments(tokens, mask)).logits
 
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
         return Tap(self.module(site), side)
