@@ -60,8 +60,8 @@ LEAST_CLUSTERS = 3
 ALPHA = 0.05
 ENOUGH_CONTROLS = 19
 N_PCS = 8
-MOST_PC_ROWS = 256
-_CHUNK_BYTES = 1 << 28
+MOST_PC_ROWS = 128
+_CHUNK_BYTES = 1 << 26
 
 
 def fit(
@@ -108,7 +108,7 @@ def fit(
     every = pick_points(activations, points)
     task = _Task(activations, who, method, seed, n_bootstrap, every)
     live = task.live
-    numbers = _numbers(task, n_permutations)
+    numbers = _numbers(task, n_permutations, progress)
     table = _table(task, numbers)
     arrays, controls = _arrays(task, numbers)
     verdict, reservations = _judge(task, numbers, table, len(controls))
@@ -186,10 +186,11 @@ class _Task:
         found = []
         for point in self.every:
             value = self.activations.at(name, point)
-            wide = (value if pairs is None else value[list(pairs)]).double()
-            size = DEAD_SHIFT * wide.norm(dim=-1).mean()
-            shift = (wide[:, 0] - wide[:, 1]).mean(0).norm()
-            spread = (wide - wide.mean(0)).square().sum(-1).mean().sqrt()
+            value = value if pairs is None else value[list(pairs)]
+            mean = value.mean(0, dtype=torch.float64)
+            size = DEAD_SHIFT * value.norm(dim=-1).double().mean()
+            shift = (mean[0] - mean[1]).norm()
+            spread = value.std(0).norm()
             found.append(bool(shift > size) and bool(spread > size))
         return torch.tensor(found)
 
@@ -207,12 +208,12 @@ class _Task:
         """Filter (L, d), bias (L,) and pattern (L, d), not normalised."""
         parts = []
         for start in range(0, len(values), self.chunk):
-            part = slice(start, start + self.chunk)
-            weight, bias = fit_all(self.method, values[part], penalty[part])
+            part = values[start : start + self.chunk].double()
+            weight, bias = fit_all(self.method, part, penalty[start : start + self.chunk])
             if self.method in {"ridge", "lr"}:
-                pattern = haufe_pattern(values[part], weight)
+                pattern = haufe_pattern(part, weight)
             else:
-                pattern = mean_shift(values[part, :, 0].double() - values[part, :, 1].double())
+                pattern = mean_shift(part[:, :, 0] - part[:, :, 1])
             parts.append((weight, bias, pattern))
         weight, bias, pattern = (torch.cat(column) for column in zip(*parts, strict=True))
         return weight, bias, pattern
@@ -226,13 +227,13 @@ class _Numbers:
     weight: Float[Tensor, "points d"]
     bias: Float[Tensor, " points"]
     pattern: Float[Tensor, "points d"]
-    penalty: Float[Tensor, " points"]
+    fitted: _Controls
     controls: pd.DataFrame
     choice: pd.DataFrame
     best: int
 
 
-def _numbers(task: _Task, n_permutations: int) -> _Numbers:
+def _numbers(task: _Task, n_permutations: int, progress: bool) -> _Numbers:
     index = cluster_index(task.clusters)
     kernel_ = task.kernel()
     held = hold_out(task.method, task.values, index, kernel_)
@@ -246,7 +247,10 @@ def _numbers(task: _Task, n_permutations: int) -> _Numbers:
         if task.method != "lr":
             found = hold_out(task.method, task.values, groups, kernel_)
             columns[f"{scheme}_auroc"] = found.auroc.tolist()
-    controls, extra = _specificity(task, weight, bias)
+    fitted = _fit_controls(task, weight, bias, held.penalty, progress)
+    pairs = task.split("heldout_register") or task.pairs
+    mine = score(stack(task.activations, task.name, task.live, pairs), weight, bias)
+    controls, extra = _specificity(task, mine, fitted)
     choice = choose_point(task.method, task.values, index, kernel_)
     nested = estimates(choice.scores[None], task.clusters, task.n_bootstrap, seed=task.seed)[0]
     import pandas as pd
@@ -259,7 +263,7 @@ def _numbers(task: _Task, n_permutations: int) -> _Numbers:
         weight,
         bias,
         pattern,
-        held.penalty,
+        fitted,
         controls,
         pd.DataFrame([row]),
         choice.point,
@@ -292,35 +296,68 @@ def _held_out_columns(
     return {f"{split}_{name}": [float(as_row(e)[name]) for e in found] for name in names}
 
 
+@dataclass(frozen=True, eq=False)
+class _Controls:
+    """The probe's scores on every control, and the same quantities fitted on those that shift.
+
+    Attributes:
+        scores: control -> (L, n, 2).
+        patterns, filters: (L, n_controls, d) unit rows, in the order of `_Task.controls`.
+    """
+
+    scores: dict[str, Float[Tensor, "points n 2"]]
+    patterns: Float[Tensor, "points n_controls d"] | None
+    filters: Float[Tensor, "points n_controls d"] | None
+
+
+def _fit_controls(
+    task: _Task, weight: Tensor, bias: Tensor, penalty: Tensor, progress: bool
+) -> _Controls:
+    from rich.progress import track
+
+    scores, patterns, filters = {}, [], []
+    names = task.who.controls
+    for name in track(names, "probes of controls", transient=True, disable=not progress):
+        values = stack(task.activations, name, task.live)
+        scores[name] = score(values, weight, bias)
+        if name in task.controls:
+            own, _, pattern = task.filters(values, penalty)
+            patterns.append(unit_rows(pattern))
+            filters.append(unit_rows(own))
+    if not filters:
+        return _Controls(scores, None, None)
+    return _Controls(scores, torch.stack(patterns, 1), torch.stack(filters, 1))
+
+
 def _specificity(
-    task: _Task, weight: Tensor, bias: Tensor
+    task: _Task, own: Tensor, fitted: _Controls
 ) -> tuple[pd.DataFrame, dict[str, list[float]]]:
-    """The probe's score on every control, and what of it belongs in the main table."""
+    """The probe's score on every control, and what of it belongs in the main table.
+
+    Args:
+        own: (L, n, 2) scores of the target's held-out registers, or of all it was fitted on.
+    """
     import pandas as pd
 
-    empty = [float("nan")] * len(task.live)
-    if not task.who.controls:
+    if not fitted.scores:
         frame = pd.DataFrame(columns=["point", "control", "auroc", "within_pair"])
         names = ("specificity", "specificity_max", "recall_at_1_fpr")
-        return frame, {name: list(empty) for name in names}
-    rows, distances, others = [], [], []
-    for name in task.who.controls:
-        scores = score(stack(task.activations, name, task.live), weight, bias)
+        return frame, {name: [float("nan")] * len(task.live) for name in names}
+    rows, distances = [], []
+    for name, scores in fitted.scores.items():
         curve, accuracy = pair_auroc(scores), within_pair(scores)
-        others.append(scores.flatten(1))
         distances.append((curve - 0.5).abs())
         rows += [
             {"point": p.name, "control": name, "auroc": float(a), "within_pair": float(w)}
             for p, a, w in zip(task.live, curve, accuracy, strict=True)
         ]
-    threshold = torch.cat(others, 1).quantile(0.99, dim=1)
-    pairs = task.split("heldout_register") or task.pairs
-    positives = score(stack(task.activations, task.name, task.live, pairs), weight, bias)[..., 0]
+    others = torch.cat([s.flatten(1) for s in fitted.scores.values()], 1)
+    threshold = others.quantile(0.99, dim=1)
     distance = torch.stack(distances)
     return pd.DataFrame(rows), {
         "specificity": distance.mean(0).tolist(),
         "specificity_max": distance.max(0).values.tolist(),
-        "recall_at_1_fpr": (positives > threshold[:, None]).double().mean(1).tolist(),
+        "recall_at_1_fpr": (own[..., 0] > threshold[:, None]).double().mean(1).tolist(),
     }
 
 
@@ -355,14 +392,9 @@ def _arrays(task: _Task, numbers: _Numbers) -> tuple[dict[str, Tensor], tuple[st
         "bias": numbers.bias,
         "filter_norm": numbers.weight.norm(dim=-1),
     }
-    patterns, filters = [], []
-    for name in task.controls:
-        weight, _, pattern = task.filters(stack(task.activations, name, task.live), numbers.penalty)
-        patterns.append(unit_rows(pattern))
-        filters.append(unit_rows(weight))
-    if task.controls:
-        arrays["control_patterns"] = torch.stack(patterns, 1)
-        arrays["control_filters"] = torch.stack(filters, 1)
+    if numbers.fitted.patterns is not None and numbers.fitted.filters is not None:
+        arrays["control_patterns"] = numbers.fitted.patterns
+        arrays["control_filters"] = numbers.fitted.filters
     return arrays | _moments(task), task.controls
 
 

@@ -29,6 +29,8 @@ from probes.dmu_tables import Sweep, tables, verdicts
 from probes.gather import obtain_stages, pick_points, roles
 from probes.shift_stats import (
     DENOMINATORS,
+    Shift,
+    draw,
     geometry,
     measure,
     measure_change,
@@ -221,17 +223,21 @@ def _measure(
 
     dropped = rogue_coordinates(at(names[0], sweep.who.targets[0]), drop_rogue)
     arrays: dict[str, Tensor] = {}
-    every = sweep.who.every
+    every, held, drawn = sweep.who.every, [], None
     for contrast in track(every, "mean shifts", transient=True, disable=not progress):
         clusters = [pair.cluster_id for pair in sweep.contrasts[contrast].pairs]
+        if clusters != held or drawn is None:
+            held, drawn = clusters, draw(clusters, **draws)
+        earlier: Shift | None = None
         for i, stage in enumerate(names):
             found = geometry(at(stage, contrast), dropped)
-            shift = measure(found, clusters, denominators=sweep.denominators, **draws)
+            shift, previous = measure(found, drawn, denominators=sweep.denominators), earlier
             sweep.add(stage, contrast, shift)
-            if i == 0:
+            earlier = shift
+            if previous is None:
                 continue
             change = measure_change(
-                at(names[i - 1], contrast), at(stage, contrast), clusters, dropped=dropped, **draws
+                at(names[i - 1], contrast), at(stage, contrast), previous, drawn, dropped=dropped
             )
             sweep.add_change(names[i - 1], stage, contrast, change)
             if contrast in sweep.who.targets:

@@ -30,6 +30,7 @@ from mi_weightspace.core.stats import cluster_weights
 
 DENOMINATORS = ("rel_norm", "rel_spread", "mahal")
 N_ROGUE = 3
+_MOST_PRODUCTS = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,21 +103,88 @@ def geometry(
     """One pass over the points; `dropped` coordinates count as zero."""
     grams, sizes, rogues = [], [], []
     for i, value in enumerate(values):
-        wide = value.double()
+        flat = value.flatten(0, 1)
         if dropped is not None:
-            wide = wide.index_fill(-1, dropped[i], 0.0)
-        sizes.append(wide.norm(dim=-1).mean(-1))
-        rows = torch.cat([wide[:, 0], wide[:, 1]])
-        energy = rows.square().mean(0)
+            flat = flat.index_fill(-1, dropped[i], 0.0)
+        mean = flat.mean(0, dtype=torch.float64)
+        centred = flat - mean  # float64, and free of coordinates that are large in every row
+        gram_ = centred @ centred.T
+        square = gram_.diagonal() + 2 * centred @ mean + mean.square().sum()
+        sizes.append(square.clamp(min=0).sqrt().reshape(-1, 2).mean(-1))
+        energy = torch.linalg.vector_norm(flat, dim=0).double().square()
         top = energy.topk(min(N_ROGUE, len(energy))).values.sum()
         rogues.append(top / energy.sum().clamp(min=1e-300))
-        centred = rows - rows.mean(0)
-        grams.append(centred @ centred.T)
+        n = len(value)
+        grams.append(gram_.reshape(n, 2, n, 2).permute(1, 0, 3, 2).reshape(2 * n, 2 * n))
     return Geometry(
         torch.stack(grams), torch.stack(sizes), torch.stack(rogues), values[0].shape[-1]
     )
 
 
+# ---- draws ---------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Sign flips and bootstrap weights of one set of clusters, ready for quadratic forms.
+
+    They depend on the seed and the clusters only: contrasts on the same items, and stages, share
+    them, so that their draws are joint.
+
+    Attributes:
+        clusters: (n,) cluster number of each pair.
+        signs, weights: (F, n) and (B, n).
+        sign_products, weight_products: products of every two entries (j ≥ i) of each row, kept
+            where they fit: ``vᵀ G v`` for all points is then one matrix product.
+    """
+
+    clusters: Int[Tensor, " n"]
+    signs: Float[Tensor, "f n"]
+    weights: Float[Tensor, "b n"]
+    sign_products: Float[Tensor, "f m"] | None
+    weight_products: Float[Tensor, "b m"] | None
+
+    @property
+    def n_clusters(self) -> int:
+        return int(self.clusters.max()) + 1
+
+    def flipped(self, gram_: Float[Tensor, "points n n"]) -> Float[Tensor, "f points"]:
+        """``‖mean_i s_i D_i‖``."""
+        if self.sign_products is None:
+            return sign_flip_norms(gram_, self.signs)
+        return _forms(self.sign_products, gram_).sqrt() / gram_.shape[-1]
+
+    def resampled_sq(self, gram_: Float[Tensor, "points n n"]) -> Float[Tensor, "b points"]:
+        """``‖Δμ*‖²`` less the surplus of resampling, not below zero."""
+        if self.weight_products is None:
+            return recentred_norm_sq(gram_, self.weights, self.clusters).clamp(min=0)
+        surplus = sampling_variance(gram_, self.clusters) * (1 - 1 / self.n_clusters)
+        squared = _forms(self.weight_products, gram_) / self.weights.sum(1, keepdim=True) ** 2
+        return (squared - surplus).clamp(min=0)
+
+
+def draw(clusters: Sequence[str], *, n_flips: int, n_bootstrap: int, seed: int) -> Draws:
+    index = cluster_index(clusters)
+    signs = cluster_signs(index, n_flips, seed=seed)
+    weights = cluster_weights(list(clusters), n_bootstrap, seed=seed)
+    return Draws(index, signs, weights, _products(signs), _products(weights))
+
+
+def _products(vectors: Float[Tensor, "b n"]) -> Float[Tensor, "b m"] | None:
+    rows, columns = torch.triu_indices(vectors.shape[1], vectors.shape[1])
+    if vectors.shape[0] * len(rows) > _MOST_PRODUCTS:
+        return None
+    return vectors[:, rows] * vectors[:, columns]
+
+
+def _forms(
+    products: Float[Tensor, "b m"], gram_: Float[Tensor, "points n n"]
+) -> Float[Tensor, "b points"]:
+    n = gram_.shape[-1]
+    rows, columns = torch.triu_indices(n, n)
+    twice = torch.where(rows == columns, 1.0, 2.0).double()
+    return (products @ (gram_[:, rows, columns] * twice).T).clamp(min=0)
+
+
+# ---- one contrast at one stage -------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Shift:
     """One contrast at one stage, all points. Lengths are raw residual units.
@@ -143,49 +211,36 @@ class Shift:
     p_adjusted: Float[Tensor, " points"]
 
 
-def measure(
-    found: Geometry,
-    clusters: Sequence[str],
-    *,
-    n_flips: int,
-    n_bootstrap: int,
-    denominators: Sequence[str] = DENOMINATORS,
-    seed: int,
-) -> Shift:
+def measure(found: Geometry, draws: Draws, *, denominators: Sequence[str] = DENOMINATORS) -> Shift:
     """Everything about one contrast's shift from its inner products.
-
-    Signs and weights depend on the seed and the clusters only: contrasts on the same items, and
-    stages, share them, so that their draws are joint.
 
     Raises:
         PromptError: fewer than two clusters.
     """
-    index = cluster_index(clusters)
     gram_, mean_norm = found.pairs(), found.size.mean(1)
     dead = norm_sq(gram_).sqrt() <= DEAD_SHIFT * mean_norm
     gram_ = torch.where(dead[:, None, None], 0.0, gram_)
     raw = norm_sq(gram_).sqrt()
-    noise = sampling_variance(gram_, index)
-    null = sign_flip_norms(gram_, cluster_signs(index, n_flips, seed=seed))
-    p, p_adjusted = studentised_max_p(raw, null)
-    weights = cluster_weights(list(clusters), n_bootstrap, seed=seed)
-    length = recentred_norm_sq(gram_, weights, index).clamp(min=0).sqrt()
-    value, draws = {}, {}
+    noise = sampling_variance(gram_, draws.clusters)
+    p, p_adjusted = studentised_max_p(raw, draws.flipped(gram_))
+    length = draws.resampled_sq(gram_).sqrt()
+    value, drawn = {}, {}
     if "rel_norm" in denominators:
         value["rel_norm"] = raw / mean_norm.clamp(min=1e-300)
+        weights = draws.weights
         resampled = weights @ found.size.T / weights.sum(1, keepdim=True)
-        draws["rel_norm"] = length / resampled.clamp(min=1e-300)
+        drawn["rel_norm"] = length / resampled.clamp(min=1e-300)
     if "rel_spread" in denominators:
         spread = found.spread_sq().sqrt()
         spread = torch.where(dead, 1.0, spread.clamp(min=1e-300))
-        value["rel_spread"], draws["rel_spread"] = raw / spread, length / spread
+        value["rel_spread"], drawn["rel_spread"] = raw / spread, length / spread
     if "mahal" in denominators:
         white = torch.where(dead[:, None, None], 0.0, found.whitened_pairs())
         value["mahal"] = norm_sq(white).sqrt()
-        draws["mahal"] = recentred_norm_sq(white, weights, index).clamp(min=0).sqrt()
+        drawn["mahal"] = draws.resampled_sq(white).sqrt()
     return Shift(
-        n=len(clusters),
-        n_clusters=int(index.max()) + 1,
+        n=found.n_pairs,
+        n_clusters=draws.n_clusters,
         raw=raw,
         raw_debiased=signed_sqrt(raw.square() - noise),
         snr=raw / torch.where(noise > 0, noise, torch.inf).sqrt(),
@@ -193,7 +248,7 @@ def measure(
         rogue=found.rogue,
         dead=dead,
         value=value,
-        draws=draws,
+        draws=drawn,
         p=p,
         p_adjusted=p_adjusted,
     )
@@ -222,36 +277,31 @@ class Change:
 def measure_change(
     before: Sequence[Float[Tensor, "n 2 d"]],
     after: Sequence[Float[Tensor, "n 2 d"]],
-    clusters: Sequence[str],
+    earlier: Shift,
+    draws: Draws,
     *,
-    n_flips: int,
-    n_bootstrap: int,
-    seed: int,
     dropped: Sequence[Int[Tensor, " k"]] | None = None,
 ) -> Change:
-    """The null flips the signs of the per-pair differences of differences."""
-    grams, vectors, shifts, scales = [], [], [], []
+    """The null flips the signs of the per-pair differences of differences.
+
+    Args:
+        earlier: the shift measured at the stage before.
+    """
+    grams, vectors = [], []
     for i, (early, late) in enumerate(zip(before, after, strict=True)):
-        first = early[:, 0].double() - early[:, 1].double()
-        step = late[:, 0].double() - late[:, 1].double() - first
+        wide = late.double() - early
+        step = wide[:, 0] - wide[:, 1]
         if dropped is not None:
-            first, step = (x.index_fill(-1, dropped[i], 0.0) for x in (first, step))
+            step = step.index_fill(-1, dropped[i], 0.0)
         grams.append(step @ step.T)
         vectors.append(step.mean(0))
-        shifts.append(first.mean(0).norm())
-        scales.append(early.double().norm(dim=-1).mean())
-    index, scale = cluster_index(clusters), torch.stack(scales)
     gram_ = torch.stack(grams)
-    still = norm_sq(gram_).sqrt() <= DEAD_SHIFT * scale
+    still = norm_sq(gram_).sqrt() <= DEAD_SHIFT * earlier.mean_norm
     gram_ = torch.where(still[:, None, None], 0.0, gram_)
     norm = norm_sq(gram_).sqrt()
-    null = sign_flip_norms(gram_, cluster_signs(index, n_flips, seed=seed))
-    p, p_adjusted = studentised_max_p(norm, null)
-    weights = cluster_weights(list(clusters), n_bootstrap, seed=seed)
-    draws = recentred_norm_sq(gram_, weights, index).clamp(min=0).sqrt()
-    low, high = interval(draws)
-    shift = torch.stack(shifts)
-    relative = torch.where(shift <= DEAD_SHIFT * scale, torch.nan, norm / shift.clamp(min=1e-300))
+    p, p_adjusted = studentised_max_p(norm, draws.flipped(gram_))
+    low, high = interval(draws.resampled_sq(gram_).sqrt())
+    relative = torch.where(earlier.dead, torch.nan, norm / earlier.raw.clamp(min=1e-300))
     return Change(torch.stack(vectors), norm, low, high, relative, p, p_adjusted)
 
 
