@@ -9,20 +9,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from probes.activations import from_cache, prompt_list
     from probes.bank import ProbeBank
+    from probes.datasets_io import load_contrasts, to_jsonl
     from probes.defer import fit
     from probes.dmu import DmuReport, dmu_sweep
     from probes.heads import head_shares
+    from probes.prompt_audit import AuditReport, audit
+    from probes.prompts import as_chat, builtin
+    from probes.readout import FlipReport, flip_rate, option_margin
 
 _HOME = {
+    "AuditReport": "probes.prompt_audit",
     "DmuReport": "probes.dmu",
+    "FlipReport": "probes.readout",
     "ProbeBank": "probes.bank",
+    "as_chat": "probes.prompts",
+    "audit": "probes.prompt_audit",
+    "builtin": "probes.prompts",
     "dmu_sweep": "probes.dmu",
     "fit": "probes.defer",
+    "flip_rate": "probes.readout",
+    "from_cache": "probes.activations",
     "head_shares": "probes.heads",
+    "load_contrasts": "probes.datasets_io",
+    "option_margin": "probes.readout",
+    "prompt_list": "probes.activations",
+    "to_jsonl": "probes.datasets_io",
 }
 
-__all__ = ["DmuReport", "ProbeBank", "dmu_sweep", "fit", "head_shares"]
+__all__ = [
+    "AuditReport",
+    "DmuReport",
+    "FlipReport",
+    "ProbeBank",
+    "as_chat",
+    "audit",
+    "builtin",
+    "dmu_sweep",
+    "fit",
+    "flip_rate",
+    "from_cache",
+    "head_shares",
+    "load_contrasts",
+    "option_margin",
+    "prompt_list",
+    "to_jsonl",
+]
 
 
 def __getattr__(name: str) -> Any:

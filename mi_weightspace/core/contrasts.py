@@ -24,7 +24,9 @@ class Pair:
 
     `positive` and `negative` are texts, or tuples of token ids (organisms have their own
     vocabulary). `readout`: the candidate continuations of the behavioural readout, the one the
-    frame pushes towards first; empty when the set has no readout.
+    frame pushes towards first; empty when the set has no readout. `swapped`: the two prompts with
+    their options in the other order, so that the two continuations of `readout` trade places;
+    empty when the prompts have no options.
     """
 
     item_id: str
@@ -35,6 +37,7 @@ class Pair:
     topic: str = ""
     split: Split = "fit"
     readout: tuple[str | int, ...] = ()
+    swapped: tuple[str | tuple[int, ...], ...] = ()
 
     @property
     def cluster_id(self) -> str:
