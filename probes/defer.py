@@ -190,7 +190,7 @@ class _Task:
             mean = value.mean(0, dtype=torch.float64)
             size = DEAD_SHIFT * value.norm(dim=-1).double().mean()
             shift = (mean[0] - mean[1]).norm()
-            spread = value.std(0).norm()
+            spread = torch.linalg.vector_norm(value - mean.float()) / len(value) ** 0.5
             found.append(bool(shift > size) and bool(spread > size))
         return torch.tensor(found)
 
@@ -404,9 +404,9 @@ def _moments(task: _Task) -> dict[str, Tensor]:
     means, variances, samples = [], [], []
     for point in task.live:
         rows = torch.cat([task.activations.at(name, point).flatten(0, 1) for name in names])
-        variance, mean = torch.var_mean(rows.double(), dim=0)
-        means.append(mean.float())
-        variances.append(variance.float())
+        variance, mean = _moments_of(rows)
+        means.append(mean)
+        variances.append(variance)
         step = -(-len(rows) // MOST_PC_ROWS)
         samples.append(rows[::step])
     return {
@@ -416,25 +416,37 @@ def _moments(task: _Task) -> dict[str, Tensor]:
     }
 
 
+def _moments_of(rows: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Variance and mean in two passes; the second on centred rows, where float32 is enough."""
+    mean = rows.mean(0, dtype=torch.float64).float()
+    centred = rows - mean
+    return centred.square_().sum(0) / (len(rows) - 1), mean
+
+
 # ---- verdict -------------------------------------------------------------------------------
 def _judge(
     task: _Task, numbers: _Numbers, table: pd.DataFrame, n_controls: int
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """At the chosen point: is it decodable, and more so than what the probe makes of controls?"""
+    """At the chosen point: is it decodable, and more so than what the probe makes of controls?
+
+    The controls' ceiling is the 95th percentile of ``0.5 + |AUROC − 0.5|``, their largest where
+    they are fewer than 20. Specific: the held-out score and the nested interval are above it.
+    """
     row = table[table["chosen"]].iloc[0]
     nested = numbers.choice.iloc[0]
     held = row["heldout_register_auroc"]
     headline = held if held == held else nested["auroc"]
     own = numbers.controls[numbers.controls["point"] == row["point"]]
-    exceeded = int((np.abs(np.asarray(own["auroc"], dtype=float) - 0.5) >= headline - 0.5).sum())
-    p_rank = (1 + exceeded) / (len(own) + 1)
+    distance = np.abs(np.asarray(own["auroc"], dtype=float) - 0.5)
+    ceiling = 0.5 + float(np.quantile(distance, 0.95, method="higher")) if len(own) else 0.5
     evidence = {
         "headline_auroc": float(headline),
         "nested_auroc": float(nested["auroc"]),
+        "nested_low": float(nested["auroc_low"]),
+        "control_ceiling": ceiling,
         "p_adjusted": float(row["p_adjusted"]),
         "n_clusters": len(set(task.clusters)),
         "n_controls": len(own),
-        "controls_as_high": exceeded,
     }
     if evidence["n_clusters"] < MIN_CLUSTERS:
         word = Word.UNDERPOWERED
@@ -442,10 +454,10 @@ def _judge(
         word = Word.NOT_SIGNIFICANT
     elif not len(own):
         word = Word.ALIGNED_NO_CONTROLS
-    elif p_rank <= max(ALPHA, 1 / (len(own) + 1)):
-        word = Word.AXIS_SPECIFIC
-    else:
+    elif min(headline, nested["auroc"]) <= ceiling:
         word = Word.NOT_AXIS_SPECIFIC
+    else:
+        word = Word.AXIS_SPECIFIC if nested["auroc_low"] > ceiling else Word.UNDERPOWERED
     subject = " / ".join(filter(None, [task.activations.stage, task.name, row["point"]]))
     return Verdict(word, subject, evidence), _reservations(task, n_controls)
 
