@@ -245,7 +245,9 @@ def test_live_models_are_told_apart_entry_by_entry(tmp_path: Path) -> None:
     assert sum(changed) >= 1
 
 
-def test_workers_and_threads_give_the_same(folder: Path, tmp_path: Path) -> None:
+def test_workers_and_threads_give_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = difference(folder)
     keys = [(source, site) for site in source.sites("blocks.0.*")]
     alone = run_sites(decompose, keys, Settings(), progress=False)
@@ -254,9 +256,14 @@ def test_workers_and_threads_give_the_same(folder: Path, tmp_path: Path) -> None
         ModuleSource(TorchLens(tiny_model("llama", seed=s, n_layers=5)), str(s)) for s in (0, 1)
     ]
     held = Difference(live[0], live[1], stage="sft")
+    torch.set_num_threads(2)
+    monkeypatch.setenv("JOURNAL_LOG", str(tmp_path / "log"))
     threads = run_sites(
         decompose, [(held, site) for _, site in keys], Settings(), n_jobs=2, progress=False
     )
+    assert {t for _, t, _ in started(tmp_path / "log")} == {"1"}
+    assert {pid for _, _, pid in started(tmp_path / "log")} == {os.getpid()}
+    assert torch.get_num_threads() == 2
     for a, b, c in zip(alone, processes, threads, strict=True):
         assert same(a, b)
         assert torch.equal(a.write, c.write)
@@ -298,6 +305,20 @@ def test_damaged_results_are_refused(folder: Path, tmp_path: Path) -> None:
         run_sites(decompose, keys, Settings(), folder=tmp_path, progress=False)
     with pytest.raises(OutputError, match="Delete the file"):
         read(tmp_path / "absent.safetensors", keys[0][1])
+
+
+@pytest.mark.quick
+def test_a_reader_never_sees_half_a_result(folder: Path, tmp_path: Path) -> None:
+    source = difference(folder)
+    site = source.sites("blocks.0.mlp.out")[0]
+    file = tmp_path / "result.safetensors"
+    journal.write(file, decompose(source, site, Settings(rank=2)))
+    old = file.read_bytes()
+    with file.open("rb") as reader:
+        journal.write(file, decompose(source, site, Settings(rank=3)))
+        assert reader.read() == old
+    assert file.read_bytes() != old
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.quick

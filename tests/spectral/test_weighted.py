@@ -236,9 +236,10 @@ def test_massive_rows_are_dropped_and_counted() -> None:
     x[7] *= 1000
     share = ask(OneMatrix(change()), x).components.facts["largest_row_share"]
     assert float(share or 0) > 0.9
+    x[8] *= 50  # far above the median, far below the mean that row 7 makes
     kept, dropped = without_massive(x)
-    assert dropped == 1
-    assert torch.equal(kept, torch.cat([x[:7], x[8:]]))
+    assert dropped == 2
+    assert torch.equal(kept, torch.cat([x[:7], x[9:]]))
 
 
 def test_refusals() -> None:
@@ -280,6 +281,20 @@ def test_gathered_inputs_are_those_of_single_runs(family: str) -> None:
     assert not torch.allclose(few[sites[1]], other[sites[1]], atol=1e-3)
     whole = gather_inputs(lens, PROMPTS, sites, drop_first=False)
     assert len(whole[sites[0]]) == len(got[sites[0]]) + len(PROMPTS)
+
+
+def test_batches_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    lens = TorchLens(tiny_model("llama"))
+    run, sizes = lens.run, []
+
+    def watched(tokens: Tensor, **options: Any) -> Any:
+        sizes.append(tokens.numel())
+        return run(tokens, **options)
+
+    monkeypatch.setattr(lens, "run", watched)
+    gather_inputs(lens, PROMPTS, ["blocks.0.mlp.out"], batch_tokens=30)
+    assert len(sizes) > 1
+    assert max(sizes) <= 30
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
