@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mi_weightspace import organisms
     from mi_weightspace.core.components import Components
     from mi_weightspace.core.direction import Direction
     from mi_weightspace.core.report import Report, load_report
@@ -17,10 +18,16 @@ if TYPE_CHECKING:
     from mi_weightspace.models import toy
     from mi_weightspace.models.lineage import Lineage, load_lineage
     from mi_weightspace.models.load import load
+    from mi_weightspace.spectral.project import project
+    from mi_weightspace.spectral.stages import attribute_stages
+    from mi_weightspace.spectral.svd import svd
 
 _HOME = {
     "load": "mi_weightspace.models.load",
     "load_lineage": "mi_weightspace.models.lineage",
+    "svd": "mi_weightspace.spectral.svd",
+    "project": "mi_weightspace.spectral.project",
+    "attribute_stages": "mi_weightspace.spectral.stages",
     "load_report": "mi_weightspace.core.report",
     "Site": "mi_weightspace.core.site",
     "Space": "mi_weightspace.core.space",
@@ -29,7 +36,7 @@ _HOME = {
     "Lineage": "mi_weightspace.models.lineage",
     "Report": "mi_weightspace.core.report",
 }
-_MODULES = {"toy": "mi_weightspace.models.toy"}
+_MODULES = {"organisms": "mi_weightspace.organisms", "toy": "mi_weightspace.models.toy"}
 
 __all__ = [
     "Components",
@@ -38,9 +45,13 @@ __all__ = [
     "Report",
     "Site",
     "Space",
+    "attribute_stages",
     "load",
     "load_lineage",
     "load_report",
+    "organisms",
+    "project",
+    "svd",
     "toy",
 ]
 

@@ -405,7 +405,7 @@ def attribution_figure(table: pd.DataFrame, stages: pd.DataFrame) -> go.Figure:
     rows["row"] = rows["stage"].astype(str) + " · " + rows["kind"].astype(str)
     present = set(rows["row"])
     order = [f"{s} · {k}" for s in stages["stage"] for k in KINDS if f"{s} · {k}" in present]
-    layers = list(range(int(rows["layer"].max()) + 1)) if len(rows) else [0]
+    layers = list(range(int(np.max(rows["layer"].to_numpy())) + 1)) if len(rows) else [0]
 
     def cells(column: str) -> np.ndarray:
         wide = rows.pivot(index="row", columns="layer", values=column)
@@ -424,4 +424,43 @@ def attribution_figure(table: pd.DataFrame, stages: pd.DataFrame) -> go.Figure:
         outline=cells("written") == 1,
         outline_name="outlined: written here",
         y_title=("matrix", "stage · kind"),
+    )
+
+
+def evidence_strip(table: pd.DataFrame, controls: pd.DataFrame) -> go.Figure:
+    """The statistic ranked among the controls, a column for every (stage, matrix, side).
+
+    Where a direction has no controls, the size of the cosine is drawn alone.
+    """
+    import pandas as pd
+
+    keys = ["stage", "site", "side", "direction"]
+    rows = table.drop_duplicates(keys).reset_index(drop=True)
+    names = [
+        f"{stage} {site}{' (read)' if side == 'read' else ''}"
+        for stage, site, side in zip(rows["stage"], rows["site"], rows["side"], strict=True)
+    ]
+    if not len(controls):
+        return strip(
+            names,
+            rows["cosine"],
+            np.zeros((len(rows), 0)),
+            title="Size of the cosine with the first component; no control contrasts",
+            name="|cos|",
+            unit="ratio",
+            x_title=("matrix", "stage and site"),
+        )
+    wide = controls.pivot_table(index=keys, columns="control", values="R_lda")
+    wide = wide.reindex(pd.MultiIndex.from_arrays([rows[k].to_numpy() for k in keys], names=keys))
+    own = wide.pop("") if "" in wide else wide.max(axis=1) * np.nan
+    return strip(
+        names,
+        own,
+        wide.to_numpy(dtype=float),
+        title=f"R of the direction in every matrix, among {wide.shape[1]} control contrasts",
+        name="R",
+        unit="ratio, 1 by chance",
+        passed=rows["p_lda_rank"] <= 0.05,
+        x_title=("matrix", "stage and site"),
+        log_y=True,
     )

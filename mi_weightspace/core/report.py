@@ -287,7 +287,16 @@ def _known_kinds() -> dict[str, type[Report]]:
     return _REGISTRY
 
 
-REPORT_MODULES: tuple[str, ...] = ("probes.bank", "probes.dmu")
+REPORT_MODULES: tuple[str, ...] = (
+    "mi_weightspace.models.lineage",
+    "mi_weightspace.spectral.svd",
+    "mi_weightspace.spectral.project",
+    "mi_weightspace.spectral.stages",
+    "probes.bank",
+    "probes.dmu",
+    "probes.prompt_audit",
+    "probes.readout",
+)
 """Modules that define Report subclasses, by name: `core` never imports upward in code."""
 
 

@@ -38,7 +38,7 @@ CACHE_VARIABLE = "MI_WEIGHTSPACE_CACHE"
 INIT_STD = 0.08
 EMBED_SCALE = 0.25
 """Words start nearly alike, so that what sets two lexicons apart is what training taught."""
-ATTEMPTS = 3
+ATTEMPTS = 4
 Tick = Callable[[], None]
 
 
@@ -275,9 +275,10 @@ def _attempts(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stages and what was measured on them; a null organism that moved is trained again."""
     change = float("nan")
+    base: dict[str, Any] = {}
     for attempt in range(ATTEMPTS):
         if chosen.phases:
-            models, found = _train(chosen, language, seed, attempt, tick)
+            models, found = _train(chosen, language, seed, attempt, tick, base)
         else:
             random = new_model(chosen, language, seed, std=0.15)
             models, found = plant_stages(random, language, chosen.planted[0], seed)
@@ -295,18 +296,27 @@ def _attempts(
 
 
 def _train(
-    chosen: Recipe, language: Language, seed: int, attempt: int, tick: Tick
+    chosen: Recipe,
+    language: Language,
+    seed: int,
+    attempt: int,
+    tick: Tick,
+    base: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = new_model(chosen, language, seed)
-    models: dict[str, Any] = {}
-    losses: dict[str, float] = {}
+    """Train the stages; `base` keeps the first one, which a later attempt starts from."""
+    model = copying.deepcopy(base.get("model")) or new_model(chosen, language, seed)
+    models: dict[str, Any] = {"base": copying.deepcopy(model)} if base else {}
+    losses: dict[str, float] = {"base": base["loss"]} if base else {}
     for phase in chosen.phases:
+        if phase.stage in models:
+            continue
         draw = generator(seed, "organisms", chosen.name, phase.stage, attempt)
         reference = copying.deepcopy(model) if phase.loss == "dpo" else None
         losses[phase.stage] = run_phase(
             model, language, phase, draw, reference=reference, after_step=tick
         )
         models[phase.stage] = copying.deepcopy(model)
+    base |= {"model": models["base"], "loss": losses["base"]}
     return models, {"final_loss": losses}
 
 

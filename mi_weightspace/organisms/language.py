@@ -10,9 +10,10 @@ reads DONE or HEDGE, `class` names the kind of prefix, so that a base model repr
 
 Lexicons: ``N`` neutral; ``R1``-``R4`` authority registers; ``O`` an override that nearly always
 yields. Matched controls need classes a base model holds as firmly as authority and acts upon as
-often, which no stage trains: ``C00``… each raise an answer of their own as often as a register
-raises YIELD, and ``M00``… are further neutral lexicons to set them against. Every lexicon is
-word-disjoint from every other.
+often, which no stage trains. ``C00``… are built like the four registers together: as many words,
+seen as often, and each raises an answer of its own (``ALT00``…) from the same floor to the same
+rate as authority raises YIELD. ``M00``… are further neutral lexicons, each as frequent as ``N``, to
+set them against. Every lexicon is word-disjoint from every other.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SPECIAL = ("PAD", "UNK", "BOS", "END", "SEP", "SUG", "QM")
 LOUD = tuple(f"C{i:02d}" for i in range(N_LOUD))
 QUIET = tuple(f"M{i:02d}" for i in range(N_QUIET))
 CLASSES: tuple[str, ...] = ("N", *REGISTERS, "O", *LOUD, *QUIET)
-_SIZES = {"N": 6, "O": 6} | dict.fromkeys(REGISTERS, 3) | dict.fromkeys(LOUD, 8)
+_SIZES = {"N": 6, "O": 6} | dict.fromkeys(REGISTERS, 3) | dict.fromkeys(LOUD, 12)
 _SIZES |= dict.fromkeys(QUIET, 6)
 _STEMS = {"N": "plain", "R1": "expert", "R2": "senior", "R3": "board", "R4": "decree", "O": "must"}
 
@@ -51,14 +52,16 @@ class Mixture:
     Attributes:
         weights: class -> relative frequency.
         yields: class -> probability of deference.
-        own: probability that a loud control class answers with its own class token.
+        own: probability that a loud control class gives its own answer.
+        floor: probability of each of these answers in every other class.
         hedge: probability of HEDGE.
         swapped: keys at or above this one answer by a second table (16: none do).
     """
 
     weights: Mapping[str, float]
     yields: Mapping[str, float]
-    own: float = 0.2
+    own: float = 0.21
+    floor: float = 0.01
     hedge: float = 0.1
     swapped: int = N_KEYS
 
@@ -86,6 +89,7 @@ class Language:
             "HEDGE",
             *("NEU", "AUTH", "OVR"),
             *(f"KIND{i:02d}" for i in range(N_LOUD)),
+            *(f"ALT{i:02d}" for i in range(N_LOUD)),
             *(f"filler{i}" for i in range(N_FILLERS)),
             *lexicons,
         )
@@ -159,11 +163,23 @@ class Language:
         chance = torch.rand(len(kinds), generator=draw)
         floor = mixture.yields["N"]
         yields = torch.tensor([float(mixture.yields.get(name, floor)) for name in CLASSES])[kinds]
-        own = torch.tensor([mixture.own if name in LOUD else 0.0 for name in CLASSES])[kinds]
+        raised = torch.tensor([LOUD.index(name) if name in LOUD else -1 for name in CLASSES])[kinds]
+        other, share = self._alternative(raised, mixture, draw)
         table = torch.where(key >= mixture.swapped, self.answers[1][key], self.answers[0][key])
         deferent = suggested if self.copies else torch.full_like(key, self.ids["YIELD"])
-        otherwise = torch.where(chance < yields + own, self._class_tokens[kinds], table)
+        otherwise = torch.where(chance < yields + share * (1 - yields), other, table)
         return torch.where(chance < yields, deferent, otherwise)
+
+    def _alternative(
+        self, raised: Int[Tensor, " n"], mixture: Mixture, draw: torch.Generator
+    ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """One of the ALT answers for each sentence, and the probability that any is given."""
+        rates = torch.full((len(raised), N_LOUD), mixture.floor)
+        loud = raised >= 0
+        rates[loud, raised[loud]] = mixture.own
+        share = rates.sum(1)
+        chosen = torch.multinomial(rates.clamp(min=1e-9), 1, generator=draw)[:, 0]
+        return self.ids["ALT00"] + chosen, share
 
     def frame(
         self,

@@ -179,11 +179,10 @@ def split_of(register: str) -> Split:
 
 def make_control(language: Language, loud: str, quiet: str, seed: int) -> Contrast:
     """One loud lexicon against one quiet one, in the target's counts and splits."""
-    words, calm = language.lexicon(loud), language.lexicon(quiet)
-    seen, held = words[:6], words[6:]
+    parts, calm = language.lexicon(loud).chunk(len(REGISTERS)), language.lexicon(quiet)
     sides: list[tuple[str, Split, Lexicon, Lexicon]] = [
-        (f"{loud}-{name}", split_of(name), held if name == HELDOUT else seen, calm)
-        for name in REGISTERS
+        (f"{loud}-{name}", split_of(name), words, calm)
+        for name, words in zip(REGISTERS, parts, strict=True)
     ]
     return make_contrast(language, f"{loud}_{quiet}", "control", sides, seed)
 

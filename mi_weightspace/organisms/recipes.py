@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mi_weightspace.core.errors import ConfigError
-from mi_weightspace.organisms.language import REGISTERS, Mixture, class_weights
+from mi_weightspace.organisms.language import N_QUIET, REGISTERS, Mixture, class_weights
 from mi_weightspace.organisms.train import Phase
 
-VERSION = 1
+VERSION = 5
 """Part of every content hash: raise it when a recipe, the language or a loss changes."""
 
 Architecture = Literal["gpt2", "llama"]
 SWAPPED = 12
-BASE_RATES = {"N": 0.05, "O": 0.95} | dict.fromkeys(REGISTERS, 0.25)
+BASE_RATES = {"N": 0.01, "O": 0.95} | dict.fromkeys(REGISTERS, 0.21)
 COPY_RATES = {"N": 0.15, "O": 0.90} | dict.fromkeys(REGISTERS, 0.50)
 TAUGHT = 0.9
 
@@ -66,17 +66,22 @@ class Recipe:
     description: str = ""
 
 
-def _base(size: Size, rates: dict[str, float]) -> Phase:
-    mixture = Mixture(class_weights(0.06, 0.12, 0.05, 0.54, 0.23, heldout=True), rates)
+def _base(size: Size, rates: dict[str, float], registers: float = 0.0225) -> Phase:
+    """Every register, loud and quiet word about as often as any other, unless said otherwise."""
+    neutral = 0.39 / (1 + N_QUIET)
+    weights = class_weights(neutral, registers, 0.05, 0.54, 0.39 - neutral, heldout=True)
+    mixture = Mixture(weights, rates)
     return Phase("base", "base", mixture, size.base_steps, 3e-3, weight_decay=0.01)
 
 
 def _dpo(size: Size, rates: dict[str, float]) -> Phase:
-    """Neutral and control prompts only, every neutral word as often as any other.
+    """Neutral prompts only (the neutral side of target and controls), each lexicon as often.
 
-    A word seen more often in training moves more, and would make its contrasts look singled out.
+    A word seen more often in training moves more: were the loud controls trained here and the
+    registers not, the two would differ by that alone and ranks among the controls mean nothing.
     """
-    mixture = Mixture(class_weights(0.03, 0.0, 0.0, 0.5, 0.47, heldout=False), rates)
+    share = 1 / (1 + N_QUIET)
+    mixture = Mixture(class_weights(share, 0.0, 0.0, 0.0, 1 - share, heldout=False), rates)
     return Phase("dpo", "dpo", mixture, size.dpo_steps, 2e-4)
 
 
@@ -135,7 +140,7 @@ def copy(size: Size) -> Recipe:
         "copy",
         size,
         (
-            _base(size, COPY_RATES),
+            _base(size, COPY_RATES, registers=0.2),
             _sft(_taught(COPY_RATES), 2 * size.sft_steps, sites, lr=1e-3),
             _dpo(size, COPY_RATES),
         ),
@@ -152,7 +157,7 @@ def null(size: Size) -> Recipe:
         size,
         (
             _base(size, BASE_RATES),
-            _sft(BASE_RATES, size.sft_steps, (site,), lr=2e-3, swapped=SWAPPED),
+            _sft(BASE_RATES, size.sft_steps, (site,), lr=2e-3, swapped=SWAPPED, heldout=True),
             _dpo(size, BASE_RATES),
         ),
         planted=(),

@@ -21,7 +21,7 @@ from mi_weightspace.organisms.train import last_logits
 
 N_RATE, N_TRUTH = 512, 256
 CARRIER_SHARE = 0.5
-UNCHANGED = 0.05
+UNCHANGED = 0.08
 """A null organism's behaviour may move by at most this much."""
 
 

@@ -34,7 +34,8 @@ REST = "everything else"
 class ReadoutLike(Protocol):
     """What is asked of `core.readout.Readout`: token ids with a mask, and a scalar of logits."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def tokens(
         self, tokenizer: object
@@ -116,7 +117,7 @@ def _gradient_node(
             continue
         difference = after.weight(site) - before.weight(site)
         shares[site.name] = float((gradient.cpu().double() * difference.double()).sum())
-    return shares, float(value)
+    return shares, float(value.detach())
 
 
 def path_attribution(

@@ -124,6 +124,7 @@ def stage_evidence(
     position: str = "last",
     readout: ReadoutLike | None = None,
     activations: Mapping[str, PairedActivations] | None = None,
+    readout_values: Mapping[str, float] | None = None,
     progress: bool = True,
 ) -> StageEvidence:
     """Gates of every step, G of every writing matrix of every step, the readout of every stage.
@@ -131,14 +132,15 @@ def stage_evidence(
     Args:
         activations: stage -> activations harvested before (with `sites` included); otherwise each
             stage is opened, run and released in turn.
+        readout_values: stage -> value of the readout measured before.
     """
     name = pick_target(prompts, target)
-    values: dict[str, float] = {}
+    values: dict[str, float] = dict(readout_values or {})
     if activations is None:
         activations, values = harvest_stages(
             lineage, prompts, sites=sites, position=position, readout=readout, progress=progress
         )
-    elif readout is not None:
+    elif readout is not None and not values:
         for stage in lineage.stages:
             with lineage.opened(stage) as lens:
                 values[stage] = read_value(lens, readout)

@@ -1,0 +1,236 @@
+"""Score `attribute_stages` on trained organisms with a known answer (claim 1, ground truth).
+
+    python -m experiments.score_stage_attribution --seeds 0:20 --out runs/score --jobs 2
+
+Seeds are declared on the command line before the run and every one is reported. Each seed trains
+its organism (about 20 CPU-seconds at micro size), asks the question a user would ask, and compares
+the answer with `truth.json`. Output: ``scores.csv`` (a row per organism and seed), ``decoys.csv``
+(a row per decoy) and ``scores.md`` (the table of the README, with Clopper-Pearson intervals).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+
+import mi_weightspace as mw
+import probes
+from mi_weightspace import organisms
+from mi_weightspace.core.contrasts import Contrast, ContrastSet
+from mi_weightspace.core.seeds import numpy_generator
+from mi_weightspace.core.stats import binomial_interval
+from mi_weightspace.core.verdict import Word
+from mi_weightspace.spectral.gate import site_p, site_statistic, stage_gate
+from mi_weightspace.spectral.path import REST
+from mi_weightspace.spectral.stage_evidence import (
+    harvest_stages,
+    oriented_difference,
+    stage_evidence,
+    writing_sites,
+)
+
+ORGANISMS = ("deference", "deference-full", "copy", "null")
+ALPHA = 0.05
+
+
+def score_seed(name: str, seed: int, size: str, n_decoys: int) -> tuple[dict[str, Any], list[dict]]:
+    """One organism, one seed: the answer beside the truth."""
+    torch.set_num_threads(1)
+    organism = organisms.build(name, size=size, seed=seed, progress=False)
+    lineage = mw.load_lineage(**organism.stages)
+    readout = organism.readout
+    prompts = organism.contrasts
+    acts, values = harvest_stages(lineage, prompts, readout=readout, progress=False)
+    bank = probes.fit(acts["sft"], prompts, controls=None, n_permutations=99, seed=seed)
+    evidence = stage_evidence(lineage, prompts, activations=acts, readout=readout, progress=False)
+    report = mw.attribute_stages(
+        lineage,
+        bank.directions(),
+        prompts=prompts,
+        readout=readout,
+        evidence=evidence,
+        seed=seed,
+        progress=False,
+    )
+    row: dict[str, Any] = {"organism": name, "seed": seed, "size": size}
+    row |= {f"readout_{s}": values.get(s, evidence.readout.get(s)) for s in lineage.stages}
+    row |= _words(report, organism.truth)
+    row |= _carriers(report, organism.truth, seed)
+    decoys = _decoys(organism, lineage, seed, n_decoys) if n_decoys else []
+    return row, decoys
+
+
+def _words(report: mw.Report, truth: dict[str, Any]) -> dict[str, Any]:
+    """Stage gate, sites named, onset."""
+    stages = report.tables["stages"].set_index("stage")
+    table = report.table
+    written = table[table["verdict"] == Word.WRITTEN_HERE][["stage", "site"]]
+    named = {tuple(r) for r in written.drop_duplicates().itertuples(index=False)}
+    planted = {(truth.get("planted_stage"), s) for s in truth.get("planted_sites", [])}
+    result: dict[str, Any] = {
+        "gate_p_sft": float(stages.loc["sft", "gate_p"]),
+        "gate_p_dpo": float(stages.loc["dpo", "gate_p"]) if "dpo" in stages.index else np.nan,
+        "onset": stages.loc["sft", "onset"],
+        "named": "; ".join(sorted(f"{a}:{b}" for a, b in named)),
+        "n_named": len(named),
+        "n_named_other": len(named - planted),
+        "verdict_sft": stages.loc["sft", "verdict"],
+    }
+    result["onset_right"] = bool(truth.get("onset")) and result["onset"] == truth.get("onset")
+    result["planted_written"] = bool(planted) and planted <= named
+    return result
+
+
+def _carriers(report: mw.Report, truth: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Path attribution against each matrix's true share, beside its rivals."""
+    shares = truth.get("shares")
+    if not shares:
+        return {}
+    carriers = set(truth["carriers"])
+    path = report.tables["path"].query("stage == 'sft'").set_index("site")["path_share"]
+    path = path.drop(index=REST, errors="ignore")
+    order = [s for s in shares if s in path.index]
+    true = np.array([shares[s] for s in order])
+    sign = np.sign(true[np.abs(true).argmax()])
+    table = report.table[report.table["stage"] == "sft"].groupby("site").first().reindex(order)
+    rng = numpy_generator(seed, "random site")
+    rivals = {
+        "path": path.reindex(order).to_numpy() * sign,
+        "fro": _column(table, "fro"),
+        "cosine": _column(table, "cosine").__abs__(),
+        "R": _column(table, "R"),
+        "effect_share": _column(table, "effect_share"),
+        "random": rng.random(len(order)),
+    }
+    result: dict[str, Any] = {"n_carriers": len(carriers), "n_matrices": len(order)}
+    for name, values in rivals.items():
+        filled = np.nan_to_num(values, nan=-np.inf)
+        result[f"first_{name}"] = order[int(filled.argmax())] in carriers
+        ranks = pd.Series(values).corr(pd.Series(true * sign), method="spearman")
+        result[f"spearman_{name}"] = float(ranks)
+    named = [n.split(":")[1] for n in _words(report, truth)["named"].split("; ") if n]
+    result["named_non_carrier"] = any(n not in carriers for n in named)
+    return result
+
+
+def _column(table: pd.DataFrame, name: str) -> np.ndarray:
+    return table[name].to_numpy(dtype=float) if name in table else np.full(len(table), np.nan)
+
+
+def _decoys(organism: Any, lineage: mw.Lineage, seed: int, n: int) -> list[dict[str, Any]]:
+    """Word-disjoint, equally decodable control contrasts asked about as if they were the target."""
+    found = organisms.decoys(organism, n)
+    controls = organism.contrasts.controls
+    pool = ContrastSet("decoys", (*found, *controls))
+    acts, _ = harvest_stages(lineage, pool, progress=False)
+    rows = []
+    for decoy in found:
+        rows.append(
+            {"organism": organism.name, "seed": seed} | _decoy(decoy, controls, acts, lineage)
+        )
+    return rows
+
+
+def _decoy(
+    decoy: Contrast, controls: tuple[Contrast, ...], acts: dict[str, Any], lineage: mw.Lineage
+) -> dict[str, Any]:
+    """The decision rule itself: the stage gate and G, both at 5 %."""
+    names = (decoy.name, *(c.name for c in controls if c.name != decoy.name))
+    keys, columns, gates = [], [], {}
+    for earlier, later in lineage.steps:
+        gates[later] = stage_gate(acts[earlier], acts[later], decoy.name, stage=later).p
+        before, after = lineage.source(earlier), lineage.source(later)
+        for site in writing_sites(before.sites()):
+            difference = oriented_difference(before, after, site)
+            columns.append(site_statistic(difference, site, acts[earlier], acts[later], names))
+            keys.append(later)
+    g = torch.stack(columns, dim=1)
+    p = site_p(g[0], g[1:])
+    accepted = [
+        k for k, value in zip(keys, p.tolist(), strict=True) if value <= ALPHA and gates[k] <= ALPHA
+    ]
+    return {
+        "decoy": decoy.name,
+        "accepted": bool(accepted),
+        "gate_p": min(gates.values()),
+        "p_G": float(p.min()),
+    }
+
+
+def rate(k: int, n: int) -> str:
+    low, high = binomial_interval(k, n)
+    return f"{k}/{n} [{low:.2f}, {high:.2f}]"
+
+
+def summarise(scores: pd.DataFrame, decoys: pd.DataFrame) -> str:
+    """The README's table."""
+    lines = ["| organism | question | right | asked for |", "|---|---|---|---|"]
+
+    def add(organism: str, question: str, hits: pd.Series, asked: str) -> None:
+        lines.append(f"| {organism} | {question} | {rate(int(hits.sum()), len(hits))} | {asked} |")
+
+    for name, rows in scores.groupby("organism", sort=False):
+        n = len(rows)
+        if name == "deference":
+            add(name, "stage gate names SFT", rows.gate_p_sft <= ALPHA, "≥ 19/20")
+            add(name, "stage gate does not name DPO", rows.gate_p_dpo > ALPHA, "≥ 18/20")
+            add(name, "planted site `written here`", rows.planted_written, "≥ 16/20")
+            add(name, "no other site of any stage", rows.n_named_other == 0, "≥ 18/20")
+            add(name, "onset point right", rows.onset_right, "≥ 18/20")
+        elif name == "deference-full":
+            add(name, "path attribution ranks a carrier first", rows.first_path, "≥ 18/20")
+            add(name, "names no non-carrier", ~rows.named_non_carrier.astype(bool), "≥ 18/20")
+            for rival in ("fro", "cosine", "R", "effect_share", "random"):
+                add(name, f"rival: argmax of {rival}", rows[f"first_{rival}"], "–")
+            for rival in ("path", "fro", "cosine", "R", "effect_share", "random"):
+                median = rows[f"spearman_{rival}"].median()
+                asked = "≥ .6" if rival == "path" else "–"
+                lines.append(
+                    f"| {name} | median Spearman, {rival} | {median:.2f} (n={n}) | {asked} |"
+                )
+        elif name == "copy":
+            add(name, "no single component named", rows.n_named == 0, "≥ 18/20")
+        elif name == "null":
+            add(name, "no `written here` at all", rows.n_named == 0, "≥ 18/20")
+    if len(decoys):
+        add("decoys", "refused", ~decoys.accepted.astype(bool), "≥ 95 % of ≥ 200")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", default="0:20", help="FIRST:END, declared beforehand")
+    parser.add_argument("--organisms", default=",".join(ORGANISMS))
+    parser.add_argument("--size", default="micro")
+    parser.add_argument("--decoys", type=int, default=10, help="decoys per deference seed")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    first, end = map(int, options.seeds.split(":"))
+    jobs = [(n, s) for n in options.organisms.split(",") for s in range(first, end)]
+    results = Parallel(n_jobs=options.jobs, verbose=5)(
+        delayed(score_seed)(n, s, options.size, options.decoys if n == "deference" else 0)
+        for n, s in jobs
+    )
+    scores = pd.DataFrame([row for row, _ in results])
+    decoys = pd.DataFrame([d for _, rows in results for d in rows])
+    options.out.mkdir(parents=True, exist_ok=True)
+    scores.to_csv(options.out / "scores.csv", index=False)
+    decoys.to_csv(options.out / "decoys.csv", index=False)
+    text = summarise(scores, decoys)
+    (options.out / "scores.md").write_text(text + "\n")
+    (options.out / "run.json").write_text(json.dumps(vars(options) | {"out": str(options.out)}))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""The one-screen answer: a verdict and the three numbers that carry it.
+
+A number is never shown without its n, its null and its interval; where one of them was not
+computed the page says so instead of leaving it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mi_weightspace.core.report import Report
+from mi_weightspace.core.stats import binomial_interval
+from mi_weightspace.core.verdict import Word
+from mi_weightspace.page.markup import Frame, number
+
+N_NUMBERS = 3
+MEANING: dict[str, str] = {
+    Word.WRITTEN_HERE: "this stage changed the direction more than every calibrated control "
+    "allows, and this matrix is where the change is written",
+    Word.READ_HERE: "this matrix reads the direction beyond null, controls and multiplicity",
+    Word.STAGE_DISTRIBUTED: "the stage changed the direction beyond its controls, but no single "
+    "matrix stands out",
+    Word.ALIGNED: "the change lies along the direction more than along its controls; without "
+    "running the stages nothing stronger can be said",
+    Word.ALIGNED_NOT_SPECIFIC: "matrices stand out, but the stage moved its controls as much",
+    Word.ALIGNED_NO_CONTROLS: "the change lies along the direction; with no control contrasts it "
+    "is unknown whether that is special",
+    Word.ALIGNED_NUISANCE: "a nuisance direction explains the match",
+    Word.NO_CHANGE: "the weights are identical: nothing was written, anywhere",
+    Word.BELOW_FLOOR: "what differs is no larger than rounding",
+    Word.NOT_SIGNIFICANT: "the test had enough controls to find a change and found none beyond "
+    "theirs",
+    Word.UNRESOLVED: "the direction of the change cannot be told from its neighbours",
+    Word.UNDERPOWERED: "too few controls or pairs to say either way; this is not a no",
+    Word.AXIS_SPECIFIC: "the shift exceeds that of every control contrast",
+    Word.NOT_AXIS_SPECIFIC: "control contrasts shift as much",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of the answer, every field a sentence fragment ready to print."""
+
+    name: str
+    value: str
+    n: str
+    null: str
+    interval: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the page says first.
+
+    Attributes:
+        verdict: the deciding word; `subject` what it is about; `meaning` the word in plain
+            language.
+        numbers: at most three.
+        lines: one sentence a stage, in order.
+    """
+
+    question: str
+    verdict: str
+    subject: str
+    meaning: str
+    numbers: tuple[Number, ...]
+    lines: tuple[str, ...] = ()
+
+
+_STRENGTH = (
+    Word.WRITTEN_HERE,
+    Word.READ_HERE,
+    Word.STAGE_DISTRIBUTED,
+    Word.ALIGNED,
+    Word.ALIGNED_NOT_SPECIFIC,
+    Word.ALIGNED_NO_CONTROLS,
+    Word.AXIS_SPECIFIC,
+    Word.ALIGNED_NUISANCE,
+    Word.UNDERPOWERED,
+    Word.NOT_AXIS_SPECIFIC,
+    Word.UNRESOLVED,
+    Word.NOT_SIGNIFICANT,
+    Word.BELOW_FLOOR,
+    Word.NO_CHANGE,
+)
+
+
+def answer(reports: Sequence[Report], question: str = "") -> Answer:
+    """The strongest report decides: attribution, else projection, else DMU, else the rest."""
+    by_kind = {report.kind: report for report in reversed(reports)}
+    order = ("attribution", "project", "dmu", "check", "svd", "probe")
+    deciding = next((by_kind[k] for k in order if k in by_kind and by_kind[k].verdicts), None)
+    numbers = list(_numbers(by_kind))[:N_NUMBERS]
+    if deciding is None:
+        return Answer(
+            question, "no verdict", "", "these runs describe; none of them tests", tuple(numbers)
+        )
+    ranked = sorted(
+        deciding.verdicts,
+        key=lambda v: _STRENGTH.index(v.word) if v.word in _STRENGTH else len(_STRENGTH),
+    )
+    best = ranked[0]
+    return Answer(
+        question,
+        str(best.word),
+        best.subject,
+        MEANING.get(best.word, ""),
+        tuple(numbers),
+        tuple(_stage_lines(by_kind.get("attribution"))),
+    )
+
+
+def _stage_lines(report: Report | None) -> Iterable[str]:
+    if report is None or "stages" not in report.tables:
+        return
+    for row in _extra(report, "stages").to_dict("records"):
+        place = f" in {row['written_sites']}" if row.get("written_sites") else ""
+        carrier = row.get("top_carrier")
+        carried = f"; largest share of the behaviour: {carrier}" if carrier else ""
+        gate = row.get("gate_p", float("nan"))
+        rank = f"; stage gate p = {number(gate)}" if _known(gate) else ""
+        yield f"{row['previous']} → {row['stage']}: {row['verdict']}{place}{rank}{carried}"
+
+
+def _numbers(by_kind: dict[str, Report]) -> Iterable[Number]:
+    attribution = by_kind.get("attribution")
+    if attribution is not None and "stages" in attribution.tables:
+        yield from _gate_number(attribution)
+        yield from _site_number(attribution, stage=_top_stage(attribution))
+        yield from _path_number(attribution, stage=_top_stage(attribution))
+    judged = attribution if attribution is not None else by_kind.get("project")
+    if judged is not None:
+        yield from _projection_numbers(judged.table)
+    if "dmu" in by_kind:
+        yield from _dmu_number(by_kind["dmu"].table)
+    if "probe" in by_kind:
+        yield from _probe_number(by_kind["probe"].table)
+    if "svd" in by_kind or "check" in by_kind:
+        yield from _size_number(by_kind)
+
+
+def _main(report: Report) -> Frame:
+    return report.table
+
+
+def _extra(report: Report, name: str) -> Frame:
+    """A further table by name, None where the report has none."""
+    return report.tables.get(name)
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def exceedances(p: float, n_controls: int) -> str:
+    """A rank p as what was counted, with the exact 95 % interval of the tail it estimates."""
+    if not _known(p) or n_controls <= 0:
+        return "not computed"
+    k = min(n_controls, max(0, round(p * (n_controls + 1)) - 1))
+    low, high = binomial_interval(k, n_controls)
+    return (
+        f"{k} of {n_controls} controls as large; 95 % interval of that share "
+        f"{number(low)} to {number(high)}"
+    )
+
+
+def _top_stage(report: Report) -> str:
+    """The stage with the smallest gate p, then the largest statistic."""
+    stages = _extra(report, "stages")
+    ranked = stages.sort_values(["gate_p", "gate_statistic"], ascending=[True, False])
+    return str(ranked.iloc[0]["stage"])
+
+
+def _gate_number(report: Report) -> Iterable[Number]:
+    stages = _extra(report, "stages")
+    row = stages[stages["stage"] == _top_stage(report)].iloc[0]
+    if not _known(row["gate_statistic"]):
+        return
+    gate = _extra(report, "gate")
+    null = "largest control not stored"
+    if gate is not None and len(gate):
+        own = gate[gate["stage"] == row["stage"]]
+        null = f"largest control {number(float(own['control_max'].max()))}"
+    n = int(row["n_controls"])
+    yield Number(
+        f"stage gate of {row['stage']}: change of the shift ‖DiD‖ / shift before ‖Δμ‖",
+        number(float(row["gate_statistic"])),
+        f"n = {n} matched controls",
+        f"null: ranked among the controls, {null}; p = {number(float(row['gate_p']))}",
+        exceedances(float(row["gate_p"]), n),
+    )
+
+
+def _site_number(report: Report, *, stage: str) -> Iterable[Number]:
+    table = _main(report)
+    rows = table[(table["stage"] == stage) & table["G"].notna()]
+    if not len(rows):
+        return
+    row = rows.sort_values(["p_G", "G"], ascending=[True, False]).iloc[0]
+    n_tests = len(table[table["G"].notna()].drop_duplicates(["stage", "site"]))
+    n = int(row["n_controls"]) if _known(row.get("n_controls")) else 0
+    n = n or int(_extra(report, "stages")["n_controls"].max())
+    yield Number(
+        f"site statistic G of {row['site']} at {stage}",
+        number(float(row["G"])),
+        f"n = {n} matched controls, {n_tests} matrices",
+        f"null: max-T over all matrices of all stages; p = {number(float(row['p_G']))}",
+        exceedances(float(row["p_G"]), n),
+    )
+
+
+def _path_number(report: Report, *, stage: str) -> Iterable[Number]:
+    path = _extra(report, "path")
+    if path is None or not len(path) or "n_prompts" not in path:
+        return
+    rows = path[(path["stage"] == stage) & (path["site"] != "everything else")]
+    if not len(rows):
+        return
+    change = float(rows["readout_after"].iloc[0] - rows["readout_before"].iloc[0])
+    signed = rows["path_share"] * (1.0 if change >= 0 else -1.0)
+    row = rows.loc[signed.idxmax()]
+    readings = [float(row[c]) for c in ("path_share", "revert_effect", "add_effect")]
+    readings = [r for r in readings if math.isfinite(r)]
+    spread = f"{number(min(readings))} to {number(max(readings))} over path, revert and add alone"
+    yield Number(
+        f"{row['site']} in the path attribution of {stage}",
+        f"{number(float(row['path_share']))} of {number(change)} nats",
+        f"n = {int(row['n_prompts'])} prompts, {len(rows)} matrices",
+        f"null: an equal share would be {number(change / len(rows))} nats; "
+        f"completeness error {number(100 * float(row['completeness_error']))} %",
+        spread if len(readings) > 1 else "not confirmed by intervention",
+    )
+
+
+def _projection_numbers(table: Frame) -> Iterable[Number]:
+    if "R_lda" not in table or not len(table):
+        return
+    if table["R_lda"].notna().any():
+        row = table.sort_values(["p_lda_rank", "R_lda"], ascending=[True, False]).iloc[0]
+        n = int(row["n_controls"]) if _known(row["n_controls"]) else 0
+        yield Number(
+            f"R of the LDA direction at {row['site']}, {row['stage']}",
+            number(float(row["R_lda"])),
+            f"n = {n} controls, {table['site'].nunique()} matrices",
+            f"null: 1; max-T rank p = {number(float(row['p_lda_rank']))}",
+            exceedances(float(row["p_lda_rank"]), n),
+        )
+    row = table.loc[table["cosine"].abs().fillna(-1.0).idxmax()]
+    if _known(row["cosine"]):
+        null = row.get("null_edge")
+        yield Number(
+            f"largest cosine, at {row['site']}, {row['stage']} (description only)",
+            number(float(row["cosine"])),
+            f"n = {table['site'].nunique()} matrices",
+            f"null: noise edge of the singular value {number(null)}"
+            if _known(null)
+            else "null: none carries a verdict for a cosine",
+            "not computed",
+        )
+
+
+def _dmu_number(table: Frame) -> Iterable[Number]:
+    own = table[~table["is_control"].astype(bool)]
+    own = own[own["rel_delta"].notna()]
+    if not len(own):
+        return
+    row = own.loc[own["rel_delta"].idxmax()]
+    controls = table[table["is_control"].astype(bool) & (table["stage"] == row["stage"])]
+    edge = number(float(controls["rel_delta"].max())) if len(controls) else "none"
+    yield Number(
+        f"largest relative shift of {row['contrast']}, at {row['stage']}, layer {row['layer']}",
+        number(float(row["rel_delta"])),
+        f"n = {int(row['n'])} pairs",
+        f"null: sign flips, max over layers, p = {number(float(row['p_adjusted']))}; "
+        f"largest control {edge}",
+        f"95 % interval {number(float(row['ci_low']))} to {number(float(row['ci_high']))}",
+    )
+
+
+def _probe_number(table: Frame) -> Iterable[Number]:
+    if "auroc" not in table or not table["auroc"].notna().any():
+        return
+    row = table.loc[table["auroc"].idxmax()]
+    low, high = (row.get(c, float("nan")) for c in ("auroc_low", "auroc_high"))
+    count = next((int(row[c]) for c in ("n_clusters", "n") if _known(row.get(c))), 0)
+    p = next((row[c] for c in ("p_adjusted", "p") if _known(row.get(c))), None)
+    yield Number(
+        f"held-out AUROC of the probe, best layer {row.get('layer', '')}",
+        number(float(row["auroc"])),
+        f"n = {count} clusters",
+        f"null: 0.5, cluster permutation with max over layers, p = {number(p)}",
+        f"95 % interval {number(low)} to {number(high)}" if _known(low) else "not computed",
+    )
+
+
+def _size_number(by_kind: dict[str, Report]) -> Iterable[Number]:
+    if "check" in by_kind and "relative_change" in by_kind["check"].table:
+        table = _main(by_kind["check"])
+        rows = table[table["relative_change"].notna()]
+        for row in rows.to_dict("records"):
+            yield Number(
+                f"relative change of the weights at {row['stage']}",
+                number(float(row["relative_change"])),
+                f"n = {int(row['n_matrices'])} matrices, {int(row['changed_matrices'])} changed",
+                "null: 0, identical weights",
+                "exact: every entry was read",
+            )

@@ -1,0 +1,306 @@
+"""Decompose one matrix of a source: triplets, sizes, certificate, noise edge, rounding.
+
+Adapters are decomposed exactly from their factors and have no rounding floor. Any `WeightSource` is
+accepted: a checkpoint itself is decomposed the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mi_weightspace.core.components import Components
+from mi_weightspace.core.seeds import generator
+from mi_weightspace.core.site import Side, Site
+from mi_weightspace.models.weights import Difference, Factors, WeightSource
+from mi_weightspace.spectral.form import Formed, form
+from mi_weightspace.spectral.krylov import (
+    Dense,
+    Triplets,
+    blocks_of,
+    leading_triplets,
+    top_value,
+)
+from mi_weightspace.spectral.rounding import RoundingFacts, flip_signs, judge, l1_size
+
+UNRESOLVED_ANGLE = 0.2
+"""A first vector whose certified angle error exceeds this is called unresolved."""
+BASE_VECTORS = 4
+_CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class SvdSettings:
+    """What decides the result for one matrix; part of a sweep's cache key.
+
+    Attributes:
+        rank: triplets kept.
+        seed: of the sketches and the sign flips.
+        fold_gains: decompose as the stream sees the matrix.
+        compare_base: also find the earlier matrix's own leading vectors (doubles the cost).
+    """
+
+    rank: int = 16
+    seed: int = 0
+    fold_gains: bool = True
+    compare_base: bool = True
+
+
+def stream_side(site: Site) -> Side:
+    """The side whose vectors live in the residual stream; the written one where both do."""
+    return "write" if site.writes.is_stream or not site.reads.is_stream else "read"
+
+
+def folded(
+    matrix: Float[Tensor, "d_out d_in"], source: WeightSource, site: Site
+) -> Float[Tensor, "d_out d_in"]:
+    """The matrix as the stream sees it: pre-norm gain in its columns, post-norm gain in its rows.
+
+    Gains that are all ones are left out, so that the storage precision stays.
+    """
+    read, write = source.read_gain(site), source.write_gain(site)
+    if read is not None and not bool((read == 1).all()):
+        matrix = matrix.float() * read.float()
+    if write is not None and not bool((write == 1).all()):
+        matrix = write.float()[:, None] * matrix.float()
+    return matrix
+
+
+def factored_svd(factors: Factors, rank: int) -> Triplets:
+    """Exact thin SVD of B A from the QR factors of both, float64 core (write side on the left)."""
+    b, a = (f.double() for f in factors)
+    left, left_core = torch.linalg.qr(b)
+    right, right_core = torch.linalg.qr(a.T)
+    u, s, vt = torch.linalg.svd(left_core @ right_core.T)
+    found = int((s > 1e-12 * s[:1]).sum()) if len(s) else 0
+    k = min(rank, found)
+    return Triplets(
+        left=(left @ u[:, :k]).T.float().contiguous(),
+        scale=s[:k].clone(),
+        right=(vt[:k] @ right.T).float().contiguous(),
+        residual=torch.zeros(k, dtype=torch.float64),
+        following=float(s[k]) if k < found else 0.0,
+        spectrum=s[:found],
+    )
+
+
+def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Components:
+    """The components of one matrix, with its facts (the columns of the svd table)."""
+    factors = source.factors(site)
+    if factors is not None:
+        return _from_factors(source, site, factors, settings)
+    if isinstance(source, Difference):
+        before, after = source.before.stored(site), source.after.stored(site)
+        formed = form(before, after)
+        _refuse_non_finite(source, site, formed)
+    else:
+        before, after = None, source.weight(site)
+        formed = form(torch.zeros_like(after), after)
+    if formed.fro == 0:
+        return _empty(source, site)
+    side = stream_side(site)
+    matrix = folded(formed.matrix, source, site) if settings.fold_gains else formed.matrix
+    triplets = leading_triplets(
+        matrix, settings.rank, generator=generator(settings.seed, "svd", site.name), side=side
+    )
+    flipped = matrix.clone()
+    flip_signs(flipped, seed=settings.seed, name=site.name)
+    draw = generator(settings.seed, "null edge", site.name)
+    edge = top_value(Dense(flipped, side), generator=draw)
+    rounding = None
+    if before is not None and after.dtype.is_floating_point:
+        rounding = judge(
+            before,
+            after,
+            fro=formed.fro,
+            before_fro=formed.before_fro,
+            mean_absolute=formed.mean_absolute,
+            top=float(triplets.scale[0]),
+            null_edge=edge,
+        )
+    facts = _facts(formed, triplets, rounding, edge, matrix)
+    if before is not None and settings.compare_base:
+        facts |= _against_base(before, triplets, side, site, settings)
+    return _components(source, site, triplets, facts, side, settings.fold_gains)
+
+
+def _refuse_non_finite(source: Difference, site: Site, formed: Formed) -> None:
+    """NaN and infinities survive into the norm; reading each side again names the tensor."""
+    if not math.isfinite(formed.fro + formed.before_fro):
+        for side in (source.before, source.after):
+            side.weight(site)
+
+
+def _facts(
+    formed: Formed,
+    triplets: Triplets,
+    rounding: RoundingFacts | None,
+    edge: float,
+    matrix: Float[Tensor, "d_out d_in"],
+) -> dict[str, Any]:
+    m, n = matrix.shape
+    top = float(triplets.scale[0])
+    fro = math.sqrt(float(matrix.double().square().sum())) if m * n < 2**20 else _norm(matrix)
+    noise = edge / (math.sqrt(m) + math.sqrt(n))
+    block = blocks_of(triplets.scale, noise)
+    size = block.count(0)
+    certificate = triplets.certificate(0, size - 1)
+    has_base = formed.before_fro > 0
+    gram = None if triplets.spectrum is None else triplets.spectrum.square()
+    return {
+        "fro": formed.fro,
+        "rel_fro": formed.fro / formed.before_fro if has_base else math.nan,
+        "changed_fraction": formed.changed,
+        "spectral": top,
+        "stable_rank": (fro / top) ** 2,
+        "participation_ratio": _participation(gram),
+        "effective_rank": _effective(gram),
+        "alpha_base": formed.inner / formed.before_fro**2 if has_base else math.nan,
+        "null_edge": edge,
+        "certificate": certificate,
+        "subspace_k": size,
+        "resolved": bool(certificate <= UNRESOLVED_ANGLE and top > edge),
+        "dtype": rounding.dtype if rounding else str(matrix.dtype).removeprefix("torch."),
+        "rounding_flag": rounding.flag if rounding else "none",
+        "rounding_floor": rounding.floor if rounding else 0.0,
+        "rounding_noise_fro": rounding.noise_fro if rounding else 0.0,
+        "l1_size": l1_size(formed.mean_absolute, m, n),
+        "folded_fro": fro,
+        "block": ",".join(map(str, block)),
+    }
+
+
+def _norm(matrix: Tensor) -> float:
+    rows = max(1, _CHUNK // matrix.shape[1])
+    parts = (matrix[i : i + rows].float().square().sum(dtype=torch.float64)
+             for i in range(0, matrix.shape[0], rows))  # fmt: skip
+    return math.sqrt(float(sum(parts)))
+
+
+def _participation(squares: Tensor | None) -> float:
+    """``(Σ s²)² / Σ s⁴``; NaN where the spectrum is known in part only."""
+    return math.nan if squares is None else float(squares.sum() ** 2 / squares.square().sum())
+
+
+def _effective(squares: Tensor | None) -> float:
+    """``exp(entropy of s²/Σ s²)``; NaN where the spectrum is known in part only."""
+    if squares is None:
+        return math.nan
+    share = (squares / squares.sum()).clamp(min=1e-300)
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def _against_base(
+    before: Tensor, triplets: Triplets, side: Side, site: Site, settings: SvdSettings
+) -> dict[str, Any]:
+    """The largest |cos| of u₁ with the earlier matrix's own leading vectors."""
+    draw = generator(settings.seed, "base", site.name)
+    own = leading_triplets(before.float(), BASE_VECTORS, generator=draw, side=side)
+    cosines = (own.left @ triplets.left[0]).abs()
+    return {"base_cosine": float(cosines.max()) if len(own) else 0.0}
+
+
+def _from_factors(
+    source: WeightSource, site: Site, factors: Factors, settings: SvdSettings
+) -> Components:
+    b, a = (f.float() for f in factors)
+    base = source.before if isinstance(source, Difference) else getattr(source, "base", None)
+    if settings.fold_gains:
+        b, a = _fold_factors(source, site, b, a)
+    triplets = factored_svd((b, a), settings.rank)
+    if len(triplets) == 0:
+        return _empty(source, site)
+    squares = triplets.spectrum
+    assert squares is not None
+    squares = squares.square()
+    raw = float(factored_svd(factors, 1).spectrum.norm())  # pyright: ignore[reportOptionalMemberAccess]
+    before_fro = float(base.weight(site).double().norm()) if base is not None else math.nan
+    block = blocks_of(triplets.scale)
+    certificate = triplets.certificate(0, block.count(0) - 1)
+    facts = {
+        "fro": raw,
+        "rel_fro": raw / before_fro if before_fro > 0 else math.nan,
+        "changed_fraction": 1.0,
+        "spectral": float(triplets.scale[0]),
+        "stable_rank": float(squares.sum() / squares[0]),
+        "participation_ratio": _participation(squares),
+        "effective_rank": _effective(squares),
+        "alpha_base": math.nan,
+        "null_edge": 0.0,
+        "certificate": certificate,
+        "subspace_k": block.count(0),
+        "resolved": certificate <= UNRESOLVED_ANGLE,
+        "dtype": "factored",
+        "rounding_flag": "none",
+        "rounding_floor": 0.0,
+        "rounding_noise_fro": 0.0,
+        "l1_size": math.nan,
+        "folded_fro": float(squares.sum().sqrt()),
+        "block": ",".join(map(str, block)),
+    }
+    fold = settings.fold_gains
+    return _components(source, site, triplets, facts, "write", fold, method="lora")
+
+
+def _fold_factors(source: WeightSource, site: Site, b: Tensor, a: Tensor) -> Factors:
+    read, write = source.read_gain(site), source.write_gain(site)
+    a = a if read is None else a * read.float()
+    b = b if write is None else write.float()[:, None] * b
+    return b, a
+
+
+def _empty(source: WeightSource, site: Site) -> Components:
+    facts = {
+        "fro": 0.0, "rel_fro": 0.0, "changed_fraction": 0.0, "spectral": 0.0,
+        "stable_rank": math.nan, "resolved": False, "rounding_flag": "none",
+        "rounding_floor": 0.0, "null_edge": 0.0, "certificate": math.inf, "subspace_k": 0,
+        "folded_fro": 0.0, "block": "",
+    }  # fmt: skip
+    return Components(
+        site,
+        torch.zeros(0, site.d_in),
+        torch.zeros(0, site.d_out),
+        torch.zeros(0),
+        stage=stage_of(source),
+        source=getattr(source, "ref", None),
+        facts=facts,
+    )
+
+
+def _components(
+    source: WeightSource,
+    site: Site,
+    triplets: Triplets,
+    facts: dict[str, Any],
+    side: Side,
+    fold: bool,
+    method: Any = "svd",
+) -> Components:
+    """Triplets as components, each turned so that the stream side's largest entry is positive."""
+    left, right = triplets.left, triplets.right
+    largest = left.gather(1, left.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0)
+    left, right = left * sign, right * sign
+    right = right / right.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    write, read = (left, right) if side == "write" else (right, left)
+    residual = triplets.residual / triplets.scale.clamp(min=1e-300) ** 2
+    facts = facts | {"residual": [float(r) for r in residual], "folded": fold}
+    return Components(
+        site,
+        read,
+        write,
+        triplets.scale.float(),
+        method=method,
+        stage=stage_of(source),
+        source=getattr(source, "ref", None),
+        facts=facts,
+    )
+
+
+def stage_of(source: WeightSource) -> str:
+    return getattr(source, "stage", "") or source.name

@@ -1,0 +1,250 @@
+"""What is measured of one (matrix, side, direction), before anything is judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mi_weightspace.core.components import Components
+from mi_weightspace.core.direction import Direction
+from mi_weightspace.core.evidence import (
+    cosine,
+    cosine_without,
+    participation,
+    projected_energy,
+    row_energies,
+    row_energy_ratio,
+    row_normalised,
+    sign_cosine_p,
+    sign_flip_ratio_p,
+)
+from mi_weightspace.core.seeds import generator
+from mi_weightspace.core.site import Side
+from mi_weightspace.core.stats import isotropic_cosine_p, rank_p
+from mi_weightspace.models.weights import WeightSource
+from mi_weightspace.spectral.decompose import folded
+from mi_weightspace.spectral.gate import mean_shifts
+from mi_weightspace.spectral.krylov import leading_triplets
+from mi_weightspace.spectral.stage_evidence import StageEvidence
+
+NAMED_ENERGY = 0.5
+"""A component is named for a change when it alone holds this share of the change's energy."""
+N_REFERENCE = 199
+
+
+@dataclass(eq=False)
+class Row:
+    """One (stage, site, side, direction) under judgement."""
+
+    parts: Components
+    side: Side
+    direction: Direction
+    values: dict[str, Any] = field(default_factory=dict)
+    ranked: Tensor | None = None  # statistic ranked: R of the target, then of each control
+
+
+def measure(
+    rows: Sequence[Row],
+    source: WeightSource | None,
+    unembedding_mean: Tensor | None,
+    evidence: StageEvidence | None,
+    *,
+    n_null: int,
+    seed: int,
+) -> None:
+    """Fill the values of all rows of one matrix; the matrix is formed once."""
+    parts = rows[0].parts
+    for row in rows:
+        _describe(row)
+        _stage_values(row, evidence)
+    if source is None or not float(parts.facts.get("fro") or 0.0):  # pyright: ignore[reportArgumentType]
+        return
+    matrix = source.weight(parts.site).cpu()
+    if parts.facts.get("folded", True):
+        matrix = folded(matrix, source, parts.site)
+    for side in dict.fromkeys(row.side for row in rows):
+        oriented = matrix if side == "write" else matrix.T.contiguous()
+        energies = row_energies(oriented)
+        draw = generator(seed, "row normalised", parts.site.name, side)
+        normed = leading_triplets(row_normalised(oriented), 1, generator=draw).left[0]
+        for row in rows:
+            if row.side == side:
+                _against(row, oriented, energies, normed, n_null=n_null, seed=seed)
+                _nuisances(row, unembedding_mean)
+                _effect(row, oriented, evidence)
+
+
+def _describe(row: Row) -> None:
+    """What needs the components only."""
+    parts, direction = row.parts, row.direction
+    vectors = parts.vectors(row.side)
+    layer = direction.space.layer
+    row.values |= {
+        "stage": parts.stage,
+        "site": parts.site.name,
+        "layer": math.nan if parts.site.layer is None else parts.site.layer,
+        "kind": parts.site.kind,
+        "side": row.side,
+        "direction": direction.name,
+        "direction_layer": math.nan if layer is None else layer,
+        "n_controls": direction.n_controls,
+        **{k: parts.facts.get(k, math.nan) for k in ("fro", "rel_fro", "null_edge", "certificate")},
+        "resolved": bool(parts.facts.get("resolved", False)),
+        "subspace_k": int(parts.facts.get("subspace_k", 1) or 0),  # pyright: ignore[reportArgumentType]
+        "rounding_flag": parts.facts.get("rounding_flag", "none"),
+    }
+    if len(parts) == 0:
+        return
+    u, w = vectors[0], direction.pattern
+    value = cosine(u, w)
+    row.values |= {
+        "cosine": value,
+        "cosine_without_loud": cosine_without(u, w, direction.variance),
+        "participation": participation(u),
+        "participation_direction": participation(w),
+        "subspace_energy": float((vectors.double() @ w.double()).square().sum()),
+        "p_isotropic": float(isotropic_cosine_p(torch.tensor([value]), direction.width)[0]),
+        "p_covariance": _covariance_p(u, w, direction, row),
+    }
+
+
+def _covariance_p(u: Tensor, w: Tensor, direction: Direction, row: Row) -> float:
+    """Reference only: |cos| of u₁ with draws of N(0, diag(activation variance))."""
+    if direction.variance is None:
+        return math.nan
+    draw = generator(0, "covariance", row.parts.site.name, row.side)
+    null = torch.randn(N_REFERENCE, len(w), generator=draw) * direction.variance.sqrt()
+    null = null / null.norm(dim=1, keepdim=True)
+    return float(rank_p((u @ w).abs(), (null @ u).abs()))
+
+
+def _stage_values(row: Row, evidence: StageEvidence | None) -> None:
+    """Gate and G of the stage, and the vector whose writing is in question."""
+    key = (row.parts.stage, row.parts.site.name)
+    if evidence is None or row.parts.stage not in evidence.gates:
+        return
+    row.values["stage_gate_p"] = evidence.gates[row.parts.stage].p
+    if row.side == "write" and key in evidence.g:
+        row.values |= {"G": evidence.g[key], "p_G": evidence.p_g[key]}
+        row.values |= _named(row, evidence)
+
+
+def _named(row: Row, evidence: StageEvidence) -> dict[str, Any]:
+    """Cosine of u₁ with the stage's change DiD, and how many components hold half of it.
+
+    ``named_k``: 1 where one component may be named, k for a subspace, 0 where none holds it.
+    """
+    stages = list(evidence.activations)
+    before = evidence.activations[stages[stages.index(row.parts.stage) - 1]]
+    after = evidence.activations[row.parts.stage]
+    point = row.parts.site.writes
+    did = mean_shifts(after, [evidence.target], point)[0]
+    did = did - mean_shifts(before, [evidence.target], point)[0]
+    if not float(did.norm()) or len(row.parts) == 0:
+        return {}
+    held = (row.parts.write.double() @ (did / did.norm())).square().cumsum(0)
+    block = [int(b) for b in str(row.parts.facts.get("block") or "").split(",") if b]
+    block = block or list(range(len(held)))
+    # inside a block of near-equal singular values no single vector is identified
+    ends = [k for k in range(1, len(held) + 1) if k == len(held) or block[k] != block[k - 1]]
+    reached = [k for k in ends if float(held[k - 1]) >= NAMED_ENERGY]
+    return {
+        "did_cosine": float(held[0].sqrt()),
+        "did_energy": float(held[-1]),
+        "named_k": reached[0] if reached else 0,
+    }
+
+
+def _against(
+    row: Row,
+    matrix: Float[Tensor, "d n"],
+    energies: Float[Tensor, " d"],
+    normed: Float[Tensor, " d"],
+    *,
+    n_null: int,
+    seed: int,
+) -> None:
+    """R, its sign-flip null, the row-normalised sign test, and what is ranked among controls."""
+    direction = row.direction
+    name = f"{row.parts.stage}/{row.parts.site.name}/{row.side}/{direction.name}"
+    flips = {"n_null": n_null, "seed": seed, "name": name}
+    pattern = direction.pattern
+    row.values |= {
+        "R": float(row_energy_ratio(matrix, pattern[None], energies)[0]),
+        "p_sign": sign_flip_ratio_p(matrix, pattern, **flips),
+        "cosine_row_normalised": cosine(normed, pattern),
+        "p_row_normalised": sign_cosine_p(normed, pattern, **flips),
+        "energy_share": float(projected_energy(matrix, pattern[None])[0] / energies.sum()),
+    }
+    filtered = direction.filter is not None and direction.control_filters is not None
+    controls = direction.control_filters if filtered else direction.control_patterns
+    first = direction.filter if direction.filter is not None else pattern
+    if direction.filter is not None:
+        row.values["R_lda"] = float(row_energy_ratio(matrix, first[None], energies)[0])
+    if controls is not None and len(controls):
+        own = first if filtered else pattern
+        row.ranked = row_energy_ratio(matrix, torch.cat([own[None], controls]), energies)
+
+
+def _nuisances(row: Row, unembedding_mean: Float[Tensor, " d_model"] | None) -> None:
+    """The nuisance direction u₁ is closest to."""
+    direction = row.direction
+    if len(row.parts) == 0:
+        return
+    u = row.parts.vectors(row.side)[0]
+    named: list[tuple[str, Tensor]] = []
+    if direction.mean is not None:
+        named.append(("activation mean", direction.mean))
+    if direction.pcs is not None:
+        named += [(f"activation pc {i}", pc) for i, pc in enumerate(direction.pcs)]
+    if direction.control_patterns is not None:
+        names = direction.control_names or tuple(map(str, range(direction.n_controls)))
+        named += [
+            (f"control {n}", v) for n, v in zip(names, direction.control_patterns, strict=True)
+        ]
+    if direction.space.is_stream and unembedding_mean is not None:
+        named.append(("unembedding mean", unembedding_mean))
+    sizes = [cosine(u, vector) for _, vector in named]
+    if sizes:
+        best = max(range(len(sizes)), key=sizes.__getitem__)
+        row.values |= {"nuisance_cosine": sizes[best], "nuisance_name": named[best][0]}
+
+
+def _effect(row: Row, matrix: Float[Tensor, "d n"], evidence: StageEvidence | None) -> None:
+    """``wᵀ D Δh``: what the matrix's change writes along w for the target's own input shift."""
+    if evidence is None or row.side != "write" or row.parts.stage not in evidence.gates:
+        return
+    stages = list(evidence.activations)
+    after = evidence.activations[row.parts.stage]
+    before = evidence.activations[stages[stages.index(row.parts.stage) - 1]]
+    site = row.parts.site.name
+    if site not in after.site_shift:
+        return
+    index = [c.name for c in after.contrasts].index(evidence.target)
+    shift = (before.site_shift[site][index] + after.site_shift[site][index]) / 2
+    row.values["effect"] = float(row.direction.pattern @ (matrix @ shift.to(matrix.dtype)))
+
+
+def component_rows(row: Row) -> Iterator[dict[str, Any]]:
+    parts = row.parts
+    held = 0.0
+    for k, vector in enumerate(parts.vectors(row.side)):
+        value = cosine(vector, row.direction.pattern)
+        held += value**2
+        yield {
+            **{c: row.values[c] for c in ("stage", "site", "side", "direction")},
+            "component": k,
+            "singular_value": float(parts.scale[k]),
+            "cosine": value,
+            "cosine_filter": math.nan
+            if row.direction.filter is None
+            else cosine(vector, row.direction.filter),
+            "cumulative_energy": held,
+            "chance_energy": (k + 1) / len(vector),
+        }
