@@ -229,9 +229,11 @@ def bridge(model: Any, folder: Path) -> Any:
 
 
 def language_model(model: Any, folder: Path) -> Any:
-    from nnsight import LanguageModel
+    from nnsight import TransformersModel
 
-    return LanguageModel(copy.deepcopy(model), tokenizer=tokenizer(folder))
+    return TransformersModel(
+        copy.deepcopy(model), task="text-generation", tokenizer=tokenizer(folder)
+    )
 
 
 def hooked_transformer(model: Any, **processing: bool) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from mi_weightspace.core.errors import (
     ArchitectureError,
     CheckpointError,
     ProcessedWeightsError,
-    SiteError,
     WeightspaceError,
 )
 from mi_weightspace.models import toy
@@ -57,14 +55,35 @@ def gemma2() -> Any:
     ],
 )
 def test_processed_hooked_transformer_is_refused(gpt2: Any, switch: str, says: str) -> None:
-    if switch == "fold_ln":  # from_pretrained marks the configuration, so does this
-        model = conformance.hooked_transformer(gpt2, fold_ln=True)
-        model.cfg.normalization_type = "LNPre"
-    else:
-        model = conformance.hooked_transformer(gpt2, **{switch: True})
+    model = conformance.hooked_transformer(gpt2)
+    switches = ("fold_ln", "center_writing_weights", "center_unembed")
+    off = dict.fromkeys((*switches, "refactor_factored_attn_matrices"), False)
+    model.process_weights_(**{**off, switch: True})
     with pytest.raises(ProcessedWeightsError, match=says) as refused:
         load(model)
     assert "no_processing" in str(refused.value)
+
+
+@needs_hooked_transformer
+def test_centring_is_seen_through_the_rounding_of_bfloat16(gpt2: Any) -> None:
+    raw, centred = (
+        conformance.hooked_transformer(gpt2, center_writing_weights=on).to(torch.bfloat16)
+        for on in (False, True)
+    )
+    assert load(raw).dtype == torch.bfloat16
+    with pytest.raises(ProcessedWeightsError, match="centred writing weights"):
+        load(centred)
+
+
+@needs_hooked_transformer
+def test_a_bias_of_zeros_is_no_bias_to_the_fingerprint(gpt2: Any) -> None:
+    """A HookedTransformer has a bias of zeros wherever the checkpoint has none."""
+    model = copy.deepcopy(gpt2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("c_fc.bias"):
+                parameter.zero_()
+    assert load(conformance.hooked_transformer(model)).fingerprint == load(model).fingerprint
 
 
 @needs_hooked_transformer
@@ -96,9 +115,13 @@ def test_bridge_compatibility_mode_is_refused_when_it_processes(
     family: str, tmp_path: Path
 ) -> None:
     bridge = conformance.bridge(toy.tiny_model(family), tmp_path)
-    bridge.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(ProcessedWeightsError, match="no_processing=True"):
+    # centring is off, so that only the bridge's own mark can tell
+    bridge.enable_compatibility_mode(
+        disable_warnings=True, center_writing_weights=False, center_unembed=False
+    )
+    with pytest.raises(ProcessedWeightsError, match="no_processing=True") as refused:
         load(bridge)
+    assert "enable_compatibility_mode" in refused.value.given
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
@@ -321,6 +344,27 @@ def test_no_stale_envoy_while_a_matrix_is_replaced(llama: Any, tmp_path: Path) -
     assert envoy._module is module
 
 
+def test_trace_sees_a_partly_replaced_fused_matrix_once(gpt2: Any, tmp_path: Path) -> None:
+    """q of GPT-2's fused matrix is replaced, k and v come from the module itself."""
+    model = conformance.language_model(gpt2, tmp_path)
+    lens = load(model)
+    weight, bias = lens.weight("blocks.0.attn.q"), lens.bias("blocks.0.attn.q")
+
+    def trace() -> torch.Tensor:
+        with torch.no_grad(), model.trace(input_ids=TOKENS):
+            out = model.transformer.h[0].attn.c_attn.output.save()
+        return out  # noqa: RET504  (nnsight reads the block's source)
+
+    plain = trace()
+    with lens.replaced(
+        {"blocks.0.attn.q": lambda x: 3 * torch.nn.functional.linear(x, weight, bias)}
+    ):
+        mixed = trace()
+    assert close(mixed[..., :32], 3 * plain[..., :32])
+    assert torch.equal(mixed[..., 32:], plain[..., 32:])
+    assert torch.equal(trace(), plain)
+
+
 def test_instance_forward_of_nnsight_is_never_overridden(llama: Any, tmp_path: Path) -> None:
     """A module whose `forward` is overridden is one nnsight no longer sees."""
     model = conformance.language_model(llama, tmp_path)
@@ -407,112 +451,3 @@ def test_model_nnsight_has_wrapped_still_loads_as_a_torch_model(llama: Any, tmp_
     with untouched(wrapped):
         edited = lens.run(TOKENS, edit=Edit(weights={name: new})).logits
     assert edited is not None and close(edited, expected)
-
-
-# ---- every backend ------------------------------------------------------------------------------
-@pytest.fixture(scope="module", params=["torch", "bridge", "nnsight", "hooked_transformer"])
-def theirs(request: pytest.FixtureRequest, gpt2: Any, tmp_path_factory: Any) -> Any:
-    if request.param == "torch":
-        return copy.deepcopy(gpt2)
-    if request.param == "hooked_transformer":
-        if not conformance.has_hooked_transformer():
-            pytest.skip("TransformerLens 4 has no HookedTransformer")
-        return conformance.hooked_transformer(gpt2)
-    make = {"bridge": conformance.bridge, "nnsight": conformance.language_model}[request.param]
-    return make(gpt2, tmp_path_factory.mktemp("tokenizer"))
-
-
-def test_left_padding_without_positions_would_misread_gpt2(gpt2: Any, theirs: Any) -> None:
-    """Hugging Face's GPT-2 is wrong on a left-padded mask; every backend must be right."""
-    tokens = torch.cat([torch.full((1, 3), 2), TOKENS[:1, :5]], 1)
-    mask = (torch.arange(8) >= 3).long()[None]
-    alone = Oracle(gpt2).run(TOKENS[:1, :5])["logits"]
-    with torch.no_grad():
-        naive = gpt2(tokens, attention_mask=mask).logits[:, 3:]
-    assert not close(naive, alone, 1e-2)
-    logits = load(theirs).run(tokens, attention_mask=mask).logits
-    assert logits is not None and close(logits[:, 3:], alone)
-
-
-def test_model_left_in_training_mode_runs_without_dropout_and_stays_so(theirs: Any) -> None:
-    lens: Any = load(theirs)
-    plain = lens.run(TOKENS).logits
-    lens.root.train()
-    modules = [m for m in lens.root.modules() if isinstance(m, torch.nn.Dropout)]
-    for module in modules:
-        module.p = 0.5
-    assert torch.equal(lens.run(TOKENS).logits, plain)
-    assert lens.root.training and all(m.training for m in modules)
-    lens.root.eval()
-
-
-def test_frozen_parameters_stay_frozen_and_no_gradient_is_left(theirs: Any) -> None:
-    lens: Any = load(theirs)
-    frozen = [p for i, p in enumerate(lens.root.parameters()) if i % 2]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    weight = lens.weight("blocks.0.mlp.out").requires_grad_(True)
-    with untouched(lens.root):
-        bias = lens.bias("blocks.0.mlp.out")
-        function = {"blocks.0.mlp.out": lambda x: torch.nn.functional.linear(x, weight, bias)}
-        with lens.replaced(function):
-            loss = lens.run(TOKENS, grad=True).logits.square().mean()
-        assert float(torch.autograd.grad(loss, weight)[0].abs().max()) > 0
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-
-
-def test_weights_are_copies(theirs: Any) -> None:
-    lens: Any = load(theirs)
-    with untouched(lens.root):
-        for site in lens.sites():
-            lens.weight(site).zero_()
-            for vector in (lens.bias(site), lens.read_gain(site), lens.write_gain(site)):
-                if vector is not None:
-                    vector.zero_()
-
-
-def test_captures_under_no_grad_keep_no_graph(theirs: Any) -> None:
-    run = load(theirs).run(TOKENS, capture=["resid_post.0", "blocks.1.mlp.out:in"])
-    assert all(value.grad_fn is None for value in run.captured.values())
-    kept = load(theirs).run(TOKENS, capture=["resid_post.0"], grad=True)
-    assert kept.captured["resid_post.0"].grad_fn is not None
-
-
-def test_a_hook_that_changes_a_matrixs_output_is_named_at_loading(gpt2: Any) -> None:
-    model = copy.deepcopy(gpt2)
-    handle = model.transformer.h[0].mlp.c_proj.register_forward_hook(lambda _m, _a, out: 2 * out)
-    with pytest.raises(ArchitectureError, match="a hook that changes an output"):
-        load(model)
-    assert load(model, verify=False).run(TOKENS).logits is not None
-    handle.remove()
-
-
-def test_parametrised_matrix_is_read_and_run_as_it_is_computed(llama: Any) -> None:
-    class Double(torch.nn.Module):
-        def forward(self, weight: torch.Tensor) -> torch.Tensor:
-            return 2 * weight
-
-    model = copy.deepcopy(llama)
-    torch.nn.utils.parametrize.register_parametrization(
-        model.model.layers[0].mlp.down_proj, "weight", Double()
-    )
-    lens = load(model)
-    weight = lens.weight("blocks.0.mlp.out")
-    assert torch.equal(weight, 2 * llama.model.layers[0].mlp.down_proj.weight)
-
-
-def test_unknown_points_and_sites_are_named(theirs: Any) -> None:
-    lens = load(theirs)
-    for name in ("resid_post.7", "blocks.0.mlp.ou:in", "attn_pattern.0", "mlp_gate.0"):
-        with pytest.raises(WeightspaceError, match=r"resid_post\.|blocks\.0\.mlp\.out"):
-            lens.run(TOKENS, capture=[name])
-    with pytest.raises(SiteError, match="output by input"):
-        lens.with_edit(Edit(weights={"blocks.0.mlp.out": torch.zeros(96, 32)}))
-
-
-def test_loading_warns_of_nothing_that_is_ours(theirs: Any) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load(theirs)
-    assert not [w for w in caught if "mi_weightspace" in str(w.filename)]

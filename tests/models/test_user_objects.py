@@ -102,8 +102,14 @@ def test_temporary_hooks_around_a_run_act_in_it(model: Any, tmp_path: Path) -> N
     assert torch.equal(after, plain)
 
 
-def test_nnsight_language_model(model: Any, tmp_path: Path) -> None:
-    mine = conformance.language_model(model, tmp_path)
+@pytest.mark.parametrize("name", ["TransformersModel", "LanguageModel"])
+def test_nnsight_model(model: Any, name: str, tmp_path: Path) -> None:
+    import nnsight
+
+    if name == "LanguageModel":  # the older name, still in many notebooks
+        mine = nnsight.LanguageModel(model, tokenizer=conformance.tokenizer(tmp_path))
+    else:
+        mine = conformance.language_model(model, tmp_path)
     family = model.config.model_type
     calls: list[int] = []
     path = "transformer.h" if family == "gpt2" else "model.layers"
@@ -153,3 +159,25 @@ def test_plain_hugging_face_model(model: Any) -> None:
 def test_a_lens_is_returned_as_it_is(model: Any) -> None:
     lens = mw.load(model)
     assert mw.load(lens) is lens
+
+
+@pytest.mark.parametrize("kind", ["bridge", "nnsight", "hooked_transformer"])
+def test_stages_of_a_lineage_may_be_the_users_objects(kind: str, tmp_path: Path) -> None:
+    if kind == "hooked_transformer" and not conformance.has_hooked_transformer():
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    base, sft = toy.tiny_model("llama", seed=0), toy.tiny_model("llama", seed=1)
+    make: Any = {
+        "bridge": lambda m: conformance.bridge(m, tmp_path),
+        "nnsight": lambda m: conformance.language_model(m, tmp_path),
+        "hooked_transformer": conformance.hooked_transformer,
+    }[kind]
+    saved = toy.save_tiny("llama", tmp_path / "base", seed=0)
+    expected = sft.model.layers[0].mlp.down_proj.weight - base.model.layers[0].mlp.down_proj.weight
+    for first in (make(base), saved):  # both live, or one on disk
+        lineage = mw.load_lineage(base=first, sft=make(sft))
+        assert torch.equal(lineage.diff("base", "sft").weight("blocks.0.mlp.out"), expected)
+        with lineage.opened("sft") as lens:
+            logits = lens.run(TOKENS).logits
+        assert logits is not None and close(logits, conformance.Oracle(sft).run(TOKENS)["logits"])
+    same = mw.load_lineage(base=saved, sft=make(base))
+    assert float(same.diff("base", "sft").weight("blocks.1.attn.k").abs().max()) == 0.0

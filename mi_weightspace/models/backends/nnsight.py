@@ -1,4 +1,4 @@
-"""nnsight: a user's `LanguageModel` or `NNsight` object (nnterp's model is one of the former).
+"""nnsight: a user's `NNsight`, `TransformersModel` or `LanguageModel` (nnterp's among them).
 
 nnsight wraps nothing: its parameters and paths are Hugging Face's, and it installs an object in
 every module's instance `forward`. So torch hooks capture, a matrix is replaced through its
@@ -71,7 +71,9 @@ def accept(model: Any, tokenizer: Any) -> NNsightLens | None:
 
 
 def from_hugging_face(module: Any, tokenizer: Any) -> NNsightLens:
-    from nnsight import LanguageModel, NNsight
+    from nnsight import NNsight, TransformersModel
 
-    wrapped = NNsight(module) if tokenizer is None else LanguageModel(module, tokenizer=tokenizer)
+    if tokenizer is None:
+        return NNsightLens(NNsight(module), None)
+    wrapped = TransformersModel(module, task="text-generation", tokenizer=tokenizer)
     return NNsightLens(wrapped, tokenizer)
