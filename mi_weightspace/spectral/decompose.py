@@ -96,11 +96,11 @@ def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Compon
         return _from_factors(source, site, factors, settings)
     if isinstance(source, Difference):
         before, after = source.before.stored(site), source.after.stored(site)
-        formed = form(before, after)
+        formed = form(before, after, reuse=True)
         _refuse_non_finite(source, site, formed)
     else:
         before, after = None, source.weight(site)
-        formed = form(torch.zeros_like(after), after)
+        formed = form(torch.zeros_like(after), after, reuse=True)
     if formed.fro == 0:
         return _empty(source, site)
     side = stream_side(site)
@@ -108,10 +108,11 @@ def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Compon
     triplets = leading_triplets(
         matrix, settings.rank, generator=generator(settings.seed, "svd", site.name), side=side
     )
-    flipped = matrix.clone()
-    flip_signs(flipped, seed=settings.seed, name=site.name)
+    # signs are flipped in place and back: a second matrix of this size costs more than both
+    flip_signs(matrix, seed=settings.seed, name=site.name)
     draw = generator(settings.seed, "null edge", site.name)
-    edge = top_value(Dense(flipped, side), generator=draw)
+    edge = top_value(Dense(matrix, side), generator=draw)
+    flip_signs(matrix, seed=settings.seed, name=site.name)
     rounding = None
     if before is not None and after.dtype.is_floating_point:
         rounding = judge(
@@ -200,7 +201,7 @@ def _against_base(
 ) -> dict[str, Any]:
     """The largest |cos| of u₁ with the earlier matrix's own leading vectors."""
     draw = generator(settings.seed, "base", site.name)
-    own = leading_triplets(before.float(), BASE_VECTORS, generator=draw, side=side)
+    own = leading_triplets(before, BASE_VECTORS, generator=draw, side=side)
     cosines = (own.left @ triplets.left[0]).abs()
     return {"base_cosine": float(cosines.max()) if len(own) else 0.0}
 

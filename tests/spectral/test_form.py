@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -52,3 +54,19 @@ def test_no_change() -> None:
     w = torch.randn(20, 30, generator=generator(2, "form")).bfloat16()
     got = form(w, w.clone())
     assert (got.fro, got.changed, got.mean_absolute, got.inner) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_reused_buffers() -> None:
+    draw = generator(3, "form")
+    small, large = (torch.randn(k, 50, generator=draw).bfloat16() for k in (20, 60))
+    for w in (small, large, small, large.float()):
+        own, shared = form(w, 2 * w), form(w, 2 * w, reuse=True)
+        assert torch.equal(own.matrix, shared.matrix)
+        assert own[1:] == shared[1:]
+    first = form(small, 2 * small, reuse=True).matrix
+    form(large, 3 * large, reuse=True)
+    again = form(small, 3 * small, reuse=True).matrix
+    assert first.data_ptr() != again.data_ptr() or torch.equal(first, again)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(form, small, 2 * small, reuse=True).result().matrix
+    assert other.data_ptr() != again.data_ptr()
