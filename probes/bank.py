@@ -46,6 +46,7 @@ class ProbeBank(Report):
     headline: registers that took no part in the fit) and ``heldout_item_*``, ``specificity`` (mean
     ``|AUROC − 0.5|`` of the probe on the controls, 0 is specific) and ``specificity_max``,
     ``recall_at_1_fpr`` (recall of positives at 1 % false positives on the controls' prompts),
+    ``separation`` (leave-cluster-out class gap over within-class sd) and ``heldout_separation``,
     ``chosen``. A point where both sides carry the same vector has no probe and empty scores.
     Tables: ``controls`` (the probe's score on each control) and ``choice`` (the point picked on
     inner folds with its score on outer folds).

@@ -24,6 +24,7 @@ from mi_weightspace.core.contrasts import Contrast, ContrastSet, Split
 from mi_weightspace.core.errors import ConfigError, PromptError
 from mi_weightspace.core.shifts import DEAD_SHIFT, cluster_index, mean_shift, studentised_max_p
 from mi_weightspace.core.space import Space
+from mi_weightspace.core.stats import cluster_weights, percentile_interval
 from mi_weightspace.core.verdict import Verdict, Word
 from probes.bank import ProbeBank, principal_rows, unit_rows
 from probes.gather import Roles, obtain, one_target, pick_points, stack
@@ -37,6 +38,7 @@ from probes.linear import (
     operators,
     pair_auroc,
     permuted_aurocs,
+    separation,
     within_pair,
 )
 from probes.logistic import score
@@ -248,16 +250,23 @@ def _numbers(task: _Task, n_permutations: int, progress: bool) -> _Numbers:
             found = hold_out(task.method, task.values, groups, kernel_)
             columns[f"{scheme}_auroc"] = found.auroc.tolist()
     fitted = _fit_controls(task, weight, bias, held.penalty, progress)
-    pairs = task.split("heldout_register") or task.pairs
-    mine = score(stack(task.activations, task.name, task.live, pairs), weight, bias)
+    pairs, mine = task.split("heldout_register"), held.scores
+    if pairs:
+        mine = score(stack(task.activations, task.name, task.live, pairs), weight, bias)
     controls, extra = _specificity(task, mine, fitted)
+    extra |= {"heldout_separation": separation(mine)[0].tolist()}
+    extra |= {"separation": separation(held.scores)[0].tolist()}
     choice = choose_point(task.method, task.values, index, kernel_)
     nested = estimates(choice.scores[None], task.clusters, task.n_bootstrap, seed=task.seed)[0]
     import pandas as pd
 
     picked = {"point": task.live[choice.point].name, "layer": task.live[choice.point].layer}
     inner = ", ".join(f"{task.live[i].name} {n}" for i, n in sorted(choice.inner.items()))
-    row = picked | as_row(nested) | {"inner_choices": inner}
+    weights = cluster_weights(task.clusters, task.n_bootstrap, seed=task.seed, name="separation")
+    low, high = percentile_interval(separation(choice.scores, weights))
+    apart = {"separation": float(separation(choice.scores)[0])}
+    apart |= {"separation_low": float(low), "separation_high": float(high)}
+    row = picked | as_row(nested) | apart | {"inner_choices": inner}
     return _Numbers(
         columns | extra,
         weight,
@@ -335,21 +344,25 @@ def _specificity(
     """The probe's score on every control, and what of it belongs in the main table.
 
     Args:
-        own: (L, n, 2) scores of the target's held-out registers, or of all it was fitted on.
+        own: (L, n, 2) scores of the target's held-out registers, else leave-cluster-out scores.
     """
     import pandas as pd
 
     if not fitted.scores:
-        frame = pd.DataFrame(columns=["point", "control", "auroc", "within_pair"])
+        frame = pd.DataFrame(columns=["point", "control", "auroc", "within_pair", "separation"])
         names = ("specificity", "specificity_max", "recall_at_1_fpr")
         return frame, {name: [float("nan")] * len(task.live) for name in names}
     rows, distances = [], []
     for name, scores in fitted.scores.items():
-        curve, accuracy = pair_auroc(scores), within_pair(scores)
-        distances.append((curve - 0.5).abs())
+        columns = {
+            "auroc": pair_auroc(scores),
+            "within_pair": within_pair(scores),
+            "separation": separation(scores)[0],
+        }
+        distances.append((columns["auroc"] - 0.5).abs())
         rows += [
-            {"point": p.name, "control": name, "auroc": float(a), "within_pair": float(w)}
-            for p, a, w in zip(task.live, curve, accuracy, strict=True)
+            {"point": p.name, "control": name} | {k: float(v[i]) for k, v in columns.items()}
+            for i, p in enumerate(task.live)
         ]
     others = torch.cat([s.flatten(1) for s in fitted.scores.values()], 1)
     threshold = others.quantile(0.99, dim=1)
@@ -429,22 +442,24 @@ def _judge(
 ) -> tuple[Verdict, tuple[str, ...]]:
     """At the chosen point: is it decodable, and more so than what the probe makes of controls?
 
-    The controls' ceiling is the 95th percentile of ``0.5 + |AUROC − 0.5|``, their largest where
-    they are fewer than 20. Specific: the held-out score and the nested interval are above it.
+    Controls are often separated perfectly by any direction, so AUROCs cannot order them: what is
+    compared is the separation (class gap over within-class sd). The controls' ceiling is their 95th
+    percentile, the largest where they are fewer than 20. Specific: the separation on held-out
+    registers and the interval of the nested one are above it.
     """
     row = table[table["chosen"]].iloc[0]
     nested = numbers.choice.iloc[0]
-    held = row["heldout_register_auroc"]
-    headline = held if held == held else nested["auroc"]
     own = numbers.controls[numbers.controls["point"] == row["point"]]
-    distance = np.abs(np.asarray(own["auroc"], dtype=float) - 0.5)
-    ceiling = 0.5 + float(np.quantile(distance, 0.95, method="higher")) if len(own) else 0.5
+    size = np.abs(np.asarray(own["separation"], dtype=float))
+    ceiling = float(np.quantile(size, 0.95, method="higher")) if len(own) else 0.0
+    least = min(float(row["heldout_separation"]), float(nested["separation"]))
     evidence = {
-        "headline_auroc": float(headline),
+        "heldout_register_auroc": float(row["heldout_register_auroc"]),
         "nested_auroc": float(nested["auroc"]),
-        "nested_low": float(nested["auroc_low"]),
-        "control_ceiling": ceiling,
         "p_adjusted": float(row["p_adjusted"]),
+        "separation": least,
+        "nested_separation_low": float(nested["separation_low"]),
+        "control_separation": ceiling,
         "n_clusters": len(set(task.clusters)),
         "n_controls": len(own),
     }
@@ -454,10 +469,11 @@ def _judge(
         word = Word.NOT_SIGNIFICANT
     elif not len(own):
         word = Word.ALIGNED_NO_CONTROLS
-    elif min(headline, nested["auroc"]) <= ceiling:
+    elif least <= ceiling:
         word = Word.NOT_AXIS_SPECIFIC
     else:
-        word = Word.AXIS_SPECIFIC if nested["auroc_low"] > ceiling else Word.UNDERPOWERED
+        clear = nested["separation_low"] > ceiling
+        word = Word.AXIS_SPECIFIC if clear else Word.UNDERPOWERED
     subject = " / ".join(filter(None, [task.activations.stage, task.name, row["point"]]))
     return Verdict(word, subject, evidence), _reservations(task, n_controls)
 

@@ -23,6 +23,7 @@ from mi_weightspace.core.contrasts import ContrastSet
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.errors import ConfigError, DirectionError
 from mi_weightspace.core.report import Report
+from mi_weightspace.core.shifts import cluster_index
 from mi_weightspace.core.space import Space
 from mi_weightspace.models.lineage import Lineage
 from probes.dmu_tables import Sweep, tables, verdicts
@@ -226,8 +227,9 @@ def _measure(
     every, held, drawn = sweep.who.every, [], None
     for contrast in track(every, "mean shifts", transient=True, disable=not progress):
         clusters = [pair.cluster_id for pair in sweep.contrasts[contrast].pairs]
-        if clusters != held or drawn is None:
-            held, drawn = clusters, draw(clusters, **draws)
+        layout = cluster_index(clusters).tolist()
+        if layout != held or drawn is None:
+            held, drawn = layout, draw(clusters, **draws)
         earlier: Shift | None = None
         for i, stage in enumerate(names):
             found = geometry(at(stage, contrast), dropped)

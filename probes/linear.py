@@ -247,6 +247,23 @@ def within_pair(scores: Float[Tensor, "*batch n 2"]) -> Float[Tensor, "*batch"]:
     return ((gap > 0).double() + 0.5 * (gap == 0).double()).mean(-1)
 
 
+def separation(
+    scores: Float[Tensor, "*batch n 2"], weights: Float[Tensor, "b n"] | None = None
+) -> Float[Tensor, "b ..."]:
+    """Gap of the class means over the pooled within-class sd (d'), for every row of weights.
+
+    Unlike an AUROC it still orders scores that separate perfectly. Without weights, b = 1.
+    """
+    n = scores.shape[-2]
+    rows = torch.ones(1, n, dtype=torch.float64) if weights is None else weights
+    share = rows / rows.sum(1, keepdim=True)
+    mean = torch.einsum("bn,...ns->b...s", share, scores)
+    square = torch.einsum("bn,...ns->b...s", share, scores.square())
+    variance = (square - mean.square()).clamp(min=0).mean(-1)
+    gap = mean[..., 0] - mean[..., 1]
+    return gap / (variance.sqrt() + 1e-12 * gap.abs() + 1e-300)
+
+
 def bootstrap_auroc(
     scores: Float[Tensor, "points n 2"], weights: Float[Tensor, "b n"]
 ) -> tuple[Float[Tensor, "b points"], Float[Tensor, "b points"]]:

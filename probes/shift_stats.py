@@ -162,6 +162,7 @@ class Draws:
 
 
 def draw(clusters: Sequence[str], *, n_flips: int, n_bootstrap: int, seed: int) -> Draws:
+    """The draws depend on which pairs share a cluster, not on the clusters' names."""
     index = cluster_index(clusters)
     signs = cluster_signs(index, n_flips, seed=seed)
     weights = cluster_weights(list(clusters), n_bootstrap, seed=seed)

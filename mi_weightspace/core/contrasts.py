@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from mi_weightspace.core.errors import PromptError
@@ -120,8 +121,9 @@ class ContrastSet:
         extra = other.contrasts if isinstance(other, ContrastSet) else tuple(other)
         return ContrastSet(self.name, self.contrasts + extra, self.notes)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """First 16 hex digits of SHA-256 over every contrast, kind and pair."""
-        text = json.dumps([asdict(c) for c in self.contrasts], sort_keys=True, ensure_ascii=False)
+        record = [{**vars(c), "pairs": [vars(p) for p in c.pairs]} for c in self.contrasts]
+        text = json.dumps(record, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -287,6 +287,19 @@ def test_a_control_without_shift_at_some_point_is_left_out_of_the_directions() -
     assert "c3" in set(found.tables["controls"]["control"])
 
 
+def test_a_point_without_variance_between_items_has_no_probe() -> None:
+    data = activations(shift=planted(4.0))
+    values = dict(data.values)
+    constant = torch.zeros(20, 2, 16)
+    constant[:, 0, 0] = constant[:, 1, 1] = 3.0
+    values["authority", "resid_post.1"] = constant
+    found = fit(
+        PairedActivations("sft", "h", data.contrasts, "last", data.points, values, {}, {}), **FAST
+    )
+    assert "resid_post.1" not in found.config["points"]
+    assert len(found.points) == len(POINTS) - 2
+
+
 def test_a_named_control_can_be_the_target_and_then_is_nobodys_control() -> None:
     found = fit(activations(), target="c0", **FAST)
     assert found.config["target"] == "c0"

@@ -27,7 +27,7 @@ from mi_weightspace.core.shifts import (
 )
 from mi_weightspace.core.stats import cluster_weights
 from mi_weightspace.core.verdict import Word
-from probes import shift_stats
+from probes import dmu_tables, shift_stats
 from probes.dmu import DmuReport, dmu_sweep
 from probes.shift_stats import draw, geometry, measure, measure_change
 
@@ -129,6 +129,37 @@ def test_p_values_equal_explicit_flips_with_the_maximum_over_points() -> None:
         assert float(found.p[i]) == pytest.approx((1 + (t[1:, i] >= t[0, i] - 1e-9).sum()) / 61)
         joint = (1 + (t[1:].max(1) >= t[0, i] - 1e-9).sum()) / 61
         assert float(found.p_adjusted[i]) == pytest.approx(joint)
+
+
+def test_change_equals_explicit_differences_in_differences() -> None:
+    before, after = values(seed=1), values(seed=2, shift=2.0)
+    drawn = draw(CLUSTERS, n_flips=60, n_bootstrap=2, seed=1)
+    early = measure(geometry(list(before)), drawn)
+    found = measure_change(list(before), list(after), early, drawn)
+    x, y = (v.double().numpy() for v in (before, after))
+    step = (y[:, :, 0] - y[:, :, 1]) - (x[:, :, 0] - x[:, :, 1])
+    assert np.allclose(found.vector.numpy(), step.mean(1))
+    length = np.linalg.norm(step.mean(1), axis=-1)
+    assert np.allclose(found.norm.numpy(), length)
+    shift = np.linalg.norm((x[:, :, 0] - x[:, :, 1]).mean(1), axis=-1)
+    assert np.allclose(found.relative.numpy(), length / shift)
+    signs = drawn.signs.numpy()
+    flipped = np.linalg.norm(np.einsum("bn,lnd->bld", signs, step) / 8, axis=-1)
+    assert np.allclose(found.p.numpy(), (1 + (flipped >= length - 1e-9).sum(0)) / 61)
+
+
+def test_the_sweep_flips_whole_clusters() -> None:
+    items = ["a", "a", "b", "c", "d", "e", "f", "f"]
+    pairs = tuple(Pair(item, f"+{i}", f"-{i}") for i, item in enumerate(items))
+    contrasts = ContrastSet("uneven", (Contrast("authority", "target", pairs),))
+    data = activations(contrasts=contrasts, shift=lambda *_: 1.0, points=POINTS[1:3])
+    table = dmu_sweep({"sft": data}, seed=4, **FAST).table
+    assert (table["n_clusters"] == 6).all()
+    drawn = draw([f"{item}×w0" for item in items], n_flips=499, n_bootstrap=2, seed=4)
+    assert len(set(map(tuple, drawn.signs[:, [0, 1]].tolist()))) == 2
+    expected = measure(geometry([data.at("authority", p) for p in data.points]), drawn)
+    assert table["p"].tolist() == expected.p.tolist()
+    assert table["p_adjusted"].tolist() == expected.p_adjusted.tolist()
 
 
 def test_a_small_shift_beside_a_massive_coordinate_survives() -> None:
@@ -244,6 +275,15 @@ def test_a_target_like_its_controls_rarely_passes_the_ordering() -> None:
     assert passes <= 3
 
 
+def test_growth_shared_with_the_controls_is_no_excess() -> None:
+    stages = {s: activations(s, shift=lambda *_, k=k: k) for s, k in {"a": 3.0, "b": 9.0}.items()}
+    growth = dmu_sweep(stages, **FAST).tables["growth"].set_index("denominator").loc["rel_norm"]
+    assert growth["control_growth"] > 0.3
+    assert growth["growth"] > 0.3
+    assert growth["ci_low"] < 0 < growth["ci_high"]
+    assert growth["excess"] == pytest.approx(growth["growth"] - growth["control_growth"])
+
+
 # ---- peaks ---------------------------------------------------------------------------------
 def peaked(at: int, *, controls: int | None = None) -> PairedActivations:
     def shift(name: str, point: int) -> float:
@@ -265,6 +305,21 @@ def test_relocation_needs_disjoint_sets_and_controls_that_stayed() -> None:
     assert not moved(peaked(2), peaked(2))
     assert not moved(peaked(2, controls=2), peaked(5, controls=5)), "the controls moved too"
     assert not moved(activations(), activations(seed=1)), "a plateau has no peak to move"
+
+
+def test_one_denominator_is_not_enough_for_a_relocation() -> None:
+    stages = {"a": peaked(2), "b": peaked(5)}
+    peaks = dmu_sweep(stages, denominators=["rel_norm"], **FAST).tables["peaks"]
+    assert set(peaks["denominator"]) == {"rel_norm"}
+    assert not peaks["relocated"].any()
+
+
+def test_likely_points_are_the_smallest_set_with_ninety_per_cent() -> None:
+    winners = torch.tensor([2] * 50 + [0] * 30 + [4] * 12 + [3] * 8)
+    drawn = torch.nn.functional.one_hot(winners, 5).double() + 1
+    peak = dmu_tables._peak(drawn.mean(0), drawn)
+    assert peak.likely == (0, 2, 4)
+    assert (peak.index, peak.size) == (2, pytest.approx(1.5))
 
 
 # ---- heads ---------------------------------------------------------------------------------
@@ -325,6 +380,12 @@ def test_holm_over_targets_only_and_words_without_controls() -> None:
     assert found.table["above_controls"].isna().all()
     assert len(found.tables["did"]) == len(found.tables["growth"]) == 0
     assert any("No controls" in text for text in found.reservations)
+
+
+def test_above_controls_compares_a_control_with_the_others() -> None:
+    data = activations(contrasts=contrast_set(20, 3), shift=planted(9.0, name="c1"))
+    last = dmu_sweep({"sft": data}, **FAST).table.groupby("contrast").last()["above_controls"]
+    assert last.to_dict() == {"authority": False, "c0": False, "c1": True, "c2": False}
 
 
 def test_few_clusters_are_underpowered() -> None:

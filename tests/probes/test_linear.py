@@ -30,6 +30,7 @@ from probes.linear import (
     required_pairs,
     ridge_grid,
     rows_of,
+    separation,
     within_pair,
 )
 from probes.logistic import choose_c, fit_logistic, folds_of, out_of_fold_scores, score
@@ -161,6 +162,18 @@ def test_auroc_counts_ties_by_mid_ranks() -> None:
     assert float(within_pair(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 1.0]]))) == (
         pytest.approx(2.5 / 4)
     )
+
+
+def test_separation_is_the_gap_over_the_pooled_spread() -> None:
+    scores = torch.randn(2, N, 2, generator=generator(2, "apart")).double()
+    weights = cluster_weights([str(int(c)) for c in CLUSTERS], 5, seed=0)
+    found = separation(scores, weights)
+    for b in range(5):
+        index = torch.repeat_interleave(torch.arange(N), weights[b].long())
+        drawn = scores[:, index].numpy()
+        gap = drawn[..., 0].mean(1) - drawn[..., 1].mean(1)
+        assert np.allclose(found[b].numpy(), gap / drawn.var(1).mean(-1) ** 0.5)
+    assert torch.allclose(separation(scores), separation(scores, torch.ones(1, N).double()))
 
 
 def test_bootstrap_auroc_equals_resampled_rows() -> None:
