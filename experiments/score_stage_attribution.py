@@ -23,18 +23,12 @@ from joblib import Parallel, delayed
 import mi_weightspace as mw
 import probes
 from mi_weightspace import organisms
-from mi_weightspace.core.contrasts import Contrast, ContrastSet
+from mi_weightspace.core.contrasts import ContrastSet
 from mi_weightspace.core.seeds import numpy_generator
 from mi_weightspace.core.stats import binomial_interval
 from mi_weightspace.core.verdict import Word
-from mi_weightspace.spectral.gate import site_p, site_statistic, stage_gate
 from mi_weightspace.spectral.path import REST
-from mi_weightspace.spectral.stage_evidence import (
-    harvest_stages,
-    oriented_difference,
-    stage_evidence,
-    writing_sites,
-)
+from mi_weightspace.spectral.stage_evidence import harvest_stages, stage_evidence
 
 ORGANISMS = ("deference", "deference-full", "copy", "null")
 ALPHA = 0.05
@@ -44,15 +38,18 @@ def score_seed(name: str, seed: int, size: str, n_decoys: int) -> tuple[dict[str
     """One organism, one seed: the answer beside the truth."""
     torch.set_num_threads(1)
     organism = organisms.build(name, size=size, seed=seed, progress=False)
-    lineage = mw.load_lineage(**organism.stages)
-    readout = organism.readout
-    prompts = organism.contrasts
+    lineage = mw.Lineage(organism.stages)
+    prompts, readout = organism.contrasts, organism.readout
     acts, values = harvest_stages(lineage, prompts, readout=readout, progress=False)
-    bank = probes.fit(acts["sft"], prompts, controls=None, n_permutations=99, seed=seed)
-    evidence = stage_evidence(lineage, prompts, activations=acts, readout=readout, progress=False)
+    bank = probes.fit(
+        acts["sft"], prompts, n_permutations=19, n_bootstrap=19, seed=seed, progress=False
+    )
+    evidence = stage_evidence(
+        lineage, prompts, activations=acts, readout_values=values, progress=False
+    )
     report = mw.attribute_stages(
         lineage,
-        bank.directions(),
+        bank,
         prompts=prompts,
         readout=readout,
         evidence=evidence,
@@ -60,10 +57,10 @@ def score_seed(name: str, seed: int, size: str, n_decoys: int) -> tuple[dict[str
         progress=False,
     )
     row: dict[str, Any] = {"organism": name, "seed": seed, "size": size}
-    row |= {f"readout_{s}": values.get(s, evidence.readout.get(s)) for s in lineage.stages}
+    row |= {f"readout_{s}": values[s] for s in lineage.stages}
     row |= _words(report, organism.truth)
     row |= _carriers(report, organism.truth, seed)
-    decoys = _decoys(organism, lineage, seed, n_decoys) if n_decoys else []
+    decoys = _decoys(organism, lineage, acts, seed, n_decoys) if n_decoys else []
     return row, decoys
 
 
@@ -71,15 +68,16 @@ def _words(report: mw.Report, truth: dict[str, Any]) -> dict[str, Any]:
     """Stage gate, sites named, onset."""
     stages = report.tables["stages"].set_index("stage")
     table = report.table
-    written = table[table["verdict"] == Word.WRITTEN_HERE][["stage", "site"]]
-    named = {tuple(r) for r in written.drop_duplicates().itertuples(index=False)}
-    planted = {(truth.get("planted_stage"), s) for s in truth.get("planted_sites", [])}
+    written = table[table["verdict"] == Word.WRITTEN_HERE]
+    named = {(r["stage"], r["site"]) for r in written.to_dict("records")}
+    planted = {(truth.get("planted_stage"), s) for s in truth["planted_sites"]}
     result: dict[str, Any] = {
         "gate_p_sft": float(stages.loc["sft", "gate_p"]),
         "gate_p_dpo": float(stages.loc["dpo", "gate_p"]) if "dpo" in stages.index else np.nan,
         "onset": stages.loc["sft", "onset"],
         "named": "; ".join(sorted(f"{a}:{b}" for a, b in named)),
         "n_named": len(named),
+        "n_single_component": int((written["named_k"] == 1).sum()),
         "n_named_other": len(named - planted),
         "verdict_sft": stages.loc["sft", "verdict"],
     }
@@ -90,16 +88,18 @@ def _words(report: mw.Report, truth: dict[str, Any]) -> dict[str, Any]:
 
 def _carriers(report: mw.Report, truth: dict[str, Any], seed: int) -> dict[str, Any]:
     """Path attribution against each matrix's true share, beside its rivals."""
-    shares = truth.get("shares")
-    if not shares:
+    if "shares" not in truth:
         return {}
-    carriers = set(truth["carriers"])
+    shares = {site: row["share"] for site, row in truth["shares"]["sites"].items()}
+    carriers = set(truth["shares"]["carriers"])
     path = report.tables["path"].query("stage == 'sft'").set_index("site")["path_share"]
     path = path.drop(index=REST, errors="ignore")
     order = [s for s in shares if s in path.index]
     true = np.array([shares[s] for s in order])
     sign = np.sign(true[np.abs(true).argmax()])
-    table = report.table[report.table["stage"] == "sft"].groupby("site").first().reindex(order)
+    own = report.table[report.table["stage"] == "sft"]
+    # a matrix that writes the stream is judged by what it writes
+    table = own.sort_values("side", ascending=False).groupby("site").first().reindex(order)
     rng = numpy_generator(seed, "random site")
     rivals = {
         "path": path.reindex(order).to_numpy() * sign,
@@ -124,43 +124,28 @@ def _column(table: pd.DataFrame, name: str) -> np.ndarray:
     return table[name].to_numpy(dtype=float) if name in table else np.full(len(table), np.nan)
 
 
-def _decoys(organism: Any, lineage: mw.Lineage, seed: int, n: int) -> list[dict[str, Any]]:
+def _decoys(
+    organism: Any, lineage: mw.Lineage, acts: dict[str, Any], seed: int, n: int
+) -> list[dict[str, Any]]:
     """Word-disjoint, equally decodable control contrasts asked about as if they were the target."""
-    found = organisms.decoys(organism, n)
-    controls = organism.contrasts.controls
-    pool = ContrastSet("decoys", (*found, *controls))
-    acts, _ = harvest_stages(lineage, pool, progress=False)
-    rows = []
-    for decoy in found:
-        rows.append(
-            {"organism": organism.name, "seed": seed} | _decoy(decoy, controls, acts, lineage)
-        )
-    return rows
-
-
-def _decoy(
-    decoy: Contrast, controls: tuple[Contrast, ...], acts: dict[str, Any], lineage: mw.Lineage
-) -> dict[str, Any]:
-    """The decision rule itself: the stage gate and G, both at 5 %."""
-    names = (decoy.name, *(c.name for c in controls if c.name != decoy.name))
-    keys, columns, gates = [], [], {}
-    for earlier, later in lineage.steps:
-        gates[later] = stage_gate(acts[earlier], acts[later], decoy.name, stage=later).p
-        before, after = lineage.source(earlier), lineage.source(later)
-        for site in writing_sites(before.sites()):
-            difference = oriented_difference(before, after, site)
-            columns.append(site_statistic(difference, site, acts[earlier], acts[later], names))
-            keys.append(later)
-    g = torch.stack(columns, dim=1)
-    p = site_p(g[0], g[1:])
-    accepted = [
-        k for k, value in zip(keys, p.tolist(), strict=True) if value <= ALPHA and gates[k] <= ALPHA
+    return [
+        {"organism": organism.name, "seed": seed} | _decoy(chosen, acts, lineage)
+        for chosen in organisms.decoys(organism, n)
     ]
+
+
+def _decoy(chosen: ContrastSet, acts: dict[str, Any], lineage: mw.Lineage) -> dict[str, Any]:
+    """The decision rule itself: the stage gate and G, both at 5 %."""
+    own = {stage: found.select(chosen) for stage, found in acts.items()}
+    evidence = stage_evidence(lineage, chosen, activations=own, progress=False)
+    passed = [k for k, gate in evidence.gates.items() if gate.p <= ALPHA]
+    named = [key for key, p in evidence.p_g.items() if p <= ALPHA and key[0] in passed]
     return {
-        "decoy": decoy.name,
-        "accepted": bool(accepted),
-        "gate_p": min(gates.values()),
-        "p_G": float(p.min()),
+        "decoy": chosen.targets[0].name,
+        "n_controls": evidence.n_controls,
+        "accepted": bool(named),
+        "gate_p": min(gate.p for gate in evidence.gates.values()),
+        "p_G": min(evidence.p_g.values()),
     }
 
 
@@ -196,9 +181,16 @@ def summarise(scores: pd.DataFrame, decoys: pd.DataFrame) -> str:
                     f"| {name} | median Spearman, {rival} | {median:.2f} (n={n}) | {asked} |"
                 )
         elif name == "copy":
-            add(name, "no single component named", rows.n_named == 0, "≥ 18/20")
+            add(name, "no single component named", rows.n_single_component == 0, "≥ 18/20")
+            add(name, "stage gate names SFT", rows.gate_p_sft <= ALPHA, "–")
         elif name == "null":
             add(name, "no `written here` at all", rows.n_named == 0, "≥ 18/20")
+            add(
+                name,
+                "stage gate names no stage",
+                (rows.gate_p_sft > ALPHA) & (rows.gate_p_dpo > ALPHA),
+                "–",
+            )
     if len(decoys):
         add("decoys", "refused", ~decoys.accepted.astype(bool), "≥ 95 % of ≥ 200")
     return "\n".join(lines)
@@ -211,7 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0:20", help="FIRST:END, declared beforehand")
     parser.add_argument("--organisms", default=",".join(ORGANISMS))
     parser.add_argument("--size", default="micro")
-    parser.add_argument("--decoys", type=int, default=10, help="decoys per deference seed")
+    parser.add_argument("--decoys", type=int, default=12, help="decoys per deference seed")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -65,3 +65,25 @@ class PairedActivations:
         """Positive minus negative, pair by pair."""
         value = self.at(contrast, point)
         return value[:, 0] - value[:, 1]
+
+    def select(self, contrasts: ContrastSet) -> PairedActivations:
+        """The same activations for some of the contrasts, in that set's order and with its kinds.
+
+        Raises:
+            PromptError: a contrast that was not harvested, or with other pairs.
+        """
+        order = {c.name: i for i, c in enumerate(self.contrasts)}
+        for contrast in contrasts:
+            if contrast.name not in order or contrast.pairs != self.contrasts[contrast.name].pairs:
+                raise PromptError(
+                    f"contrast {contrast.name!r}",
+                    given="a contrast these activations do not hold",
+                    expected=f"some of the {len(order)} contrasts of {self.contrasts.name!r}",
+                    remedy="Harvest it.",
+                )
+        rows = torch.tensor([order[c.name] for c in contrasts])
+        return replace(
+            self,
+            contrasts=contrasts,
+            site_shift={site: shift[rows] for site, shift in self.site_shift.items()},
+        )

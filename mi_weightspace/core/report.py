@@ -182,17 +182,24 @@ class Report:
             return False
         same_arrays = all(torch.equal(self.arrays[k].cpu(), other.arrays[k]) for k in self.arrays)
         same_tables = set(self.tables) == set(other.tables) and all(
-            self.tables[k].equals(other.tables[k]) for k in self.tables
+            same_frame(self.tables[k], other.tables[k]) for k in self.tables
         )
         return (
             same_arrays
             and same_tables
-            and self.table.equals(other.table)
+            and same_frame(self.table, other.table)
             and _plain(self) == _plain(other)
         )
 
 
 _REGISTRY[Report.kind] = Report
+
+
+def same_frame(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Equal column by column (`DataFrame.equals` also compares how columns are stored together)."""
+    return list(one.columns) == list(other.columns) and all(
+        one[name].equals(other[name]) for name in one.columns
+    )
 
 
 def _plain(report: Report) -> str:

@@ -121,7 +121,7 @@ def build(
         progress: show a bar.
 
     Raises:
-        ConfigError: unknown name, size or architecture.
+        ConfigError: unknown name, size or architecture, or a seed that is no natural number.
         CheckpointError: a null organism whose behaviour moved in every attempt.
     """
     if architecture not in ("gpt2", "llama"):
@@ -144,6 +144,10 @@ def build_recipe(
     progress: bool = True,
 ) -> Organism:
     """`build` for a recipe of one's own (other step counts, other mixtures)."""
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(
+            "seed", given=repr(seed), expected="a non-negative integer", remedy="Use seed=0."
+        )
     root = cache_folder(cache)
     key = recipe_hash(chosen, seed)
     folder = root / f"{chosen.name}-{size}-{seed}-{key}"

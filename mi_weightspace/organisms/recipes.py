@@ -10,7 +10,7 @@ from mi_weightspace.core.errors import ConfigError
 from mi_weightspace.organisms.language import N_QUIET, REGISTERS, Mixture, class_weights
 from mi_weightspace.organisms.train import Phase
 
-VERSION = 5
+VERSION = 6
 """Part of every content hash: raise it when a recipe, the language or a loss changes."""
 
 Architecture = Literal["gpt2", "llama"]
@@ -66,11 +66,14 @@ class Recipe:
     description: str = ""
 
 
-def _base(size: Size, rates: dict[str, float], registers: float = 0.0225) -> Phase:
+def _even(registers: float = 0.0225) -> dict[str, float]:
     """Every register, loud and quiet word about as often as any other, unless said otherwise."""
     neutral = 0.39 / (1 + N_QUIET)
-    weights = class_weights(neutral, registers, 0.05, 0.54, 0.39 - neutral, heldout=True)
-    mixture = Mixture(weights, rates)
+    return class_weights(neutral, registers, 0.05, 0.54, 0.39 - neutral, heldout=True)
+
+
+def _base(size: Size, rates: dict[str, float], registers: float = 0.0225) -> Phase:
+    mixture = Mixture(_even(registers), rates)
     return Phase("base", "base", mixture, size.base_steps, 3e-3, weight_decay=0.01)
 
 
@@ -92,11 +95,12 @@ def _sft(
     *,
     lr: float,
     swapped: int = 16,
-    heldout: bool = False,
+    weights: dict[str, float] | None = None,
 ) -> Phase:
-    mixture = Mixture(
-        class_weights(0.08, 0.3, 0.05, 0.35, 0.22, heldout=heldout), rates, swapped=swapped
-    )
+    """Registers R1-R3 in a third of the sentences, R4 never, unless `weights` says otherwise."""
+    if weights is None:
+        weights = class_weights(0.08, 0.3, 0.05, 0.35, 0.22, heldout=False)
+    mixture = Mixture(weights, rates, swapped=swapped)
     return Phase("sft", "sft", mixture, steps, lr, trains)
 
 
@@ -151,13 +155,21 @@ def copy(size: Size) -> Recipe:
 
 
 def null(size: Size) -> Recipe:
+    """All classes as often as in the base: registers seen more than controls would move more."""
     site = f"blocks.{size.block}.mlp.out"
     return Recipe(
         "null",
         size,
         (
             _base(size, BASE_RATES),
-            _sft(BASE_RATES, size.sft_steps, (site,), lr=2e-3, swapped=SWAPPED, heldout=True),
+            _sft(
+                BASE_RATES,
+                size.sft_steps,
+                (site,),
+                lr=2e-3,
+                swapped=SWAPPED,
+                weights=_even(),
+            ),
             _dpo(size, BASE_RATES),
         ),
         planted=(),

@@ -21,8 +21,8 @@ from mi_weightspace.organisms.train import last_logits
 
 N_RATE, N_TRUTH = 512, 256
 CARRIER_SHARE = 0.5
-UNCHANGED = 0.08
-"""A null organism's behaviour may move by at most this much."""
+UNCHANGED = 0.10
+"""A null organism's behaviour may move by at most this much; deference moves it by 0.5 to 0.8."""
 
 
 def deference_rates(model: Any, language: Language, seed: int) -> dict[str, float]:

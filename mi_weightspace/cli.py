@@ -1,0 +1,301 @@
+"""The command line. Thin: options in, `commands` called, a short table and a path out.
+
+Exit codes: 0 done; 1 refused input (one message on stderr, nothing half-written); 2 usage;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mi_weightspace.core.errors import ConfigError, OutputError, WeightspaceError
+from mi_weightspace.core.report import Report, check_output
+
+REFUSED, INTERRUPTED = 1, 130
+app = typer.Typer(
+    help="Which training stage wrote this direction, into which matrix, and how sure are we?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Models = Annotated[
+    list[str], typer.Argument(help="Folders, adapters or hub ids, in training order.")
+]
+Out = Annotated[Path, typer.Option(help="A new folder for the results.")]
+Prompts = Annotated[str, typer.Option(help="'authority', a .jsonl, a .parquet, a datasets folder.")]
+Controls = Annotated[str | None, typer.Option(help="Control contrasts, in the same forms.")]
+Position = Annotated[str, typer.Option(help="last, suffix_mean, frame_mean, all_mean, first_k.")]
+Target = Annotated[
+    str | None, typer.Option(help="The contrast asked about, where there are several.")
+]
+Seed = Annotated[int, typer.Option(help="Decides every random draw.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        app(args=None if argv is None else list(argv))
+    except WeightspaceError as error:
+        sys.stderr.write(f"mi-weightspace: {error}\n")
+        return REFUSED
+    except SystemExit as end:  # typer reports usage errors and interruptions this way
+        code = end.code if isinstance(end.code, int) else 0
+        if code == INTERRUPTED:
+            sys.stderr.write("mi-weightspace: interrupted; finished parts are kept (--resume)\n")
+        return code
+    return 0
+
+
+def show(frame: Any, columns: Sequence[str] = (), rows: int = 20) -> None:
+    """A short table on stdout; text only, so that names from data cannot style it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    chosen = [c for c in columns if c in frame] or list(frame.columns)
+    table = Table(box=None, pad_edge=False)
+    for name in chosen:
+        table.add_column(Text(str(name)), overflow="fold")
+    for record in frame[chosen].head(rows).to_dict("records"):
+        table.add_row(*(Text(_cell(v)) for v in record.values()))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    if len(frame) > rows:
+        console.print(f"({len(frame) - rows} more rows)")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def finish(report: Report, out: Path, command: str, args: dict[str, Any], columns: Sequence[str],
+           frame: Any = None) -> None:  # fmt: skip
+    """Save the run and print it."""
+    from mi_weightspace.commands import with_command
+
+    saved = with_command(report, command, args).save(out)
+    show(report.table if frame is None else frame, columns)
+    for verdict in report.verdicts[:12]:
+        typer.echo(str(verdict))
+    for text in report.reservations[:6]:
+        typer.echo(f"note: {text}")
+    typer.echo(f"run folder: {saved}")
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    seed: Seed = 0,
+    preset: Annotated[str, typer.Option(help="toy or small")] = "toy",
+    quiet: Quiet = False,
+) -> None:
+    """The main job on lineages trained on the spot; ends in OUT/report.html."""
+    from mi_weightspace.demo import run_demo
+
+    page = run_demo(out, seed=seed, preset=preset, progress=not quiet)
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def sites(model: Annotated[str, typer.Argument(help="A folder, adapter or hub id.")]) -> None:
+    """Table of the decomposable matrices of a checkpoint."""
+    from mi_weightspace import commands
+
+    show(commands.sites(model), rows=10_000)
+
+
+@app.command()
+def check(models: Models) -> None:
+    """Certify checkpoints: they load, agree, are finite, and how much of them differs."""
+    from mi_weightspace import commands
+
+    report = commands.check(models)
+    columns = (
+        "stage", "family", "n_layers", "d_model", "vocab_size", "dtype", "finite",
+        "changed_matrices", "n_matrices", "relative_change", "tokenizer", "fingerprint",
+    )  # fmt: skip
+    show(report.table, columns)
+    for verdict in report.verdicts:
+        typer.echo(str(verdict))
+    for text in report.reservations:
+        typer.echo(f"note: {text}")
+
+
+@app.command()
+def dmu(
+    models: Models,
+    prompts: Prompts,
+    out: Out,
+    controls: Controls = None,
+    position: Position = "last",
+    target: Target = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Mean shift of every contrast over the stages, with nulls, intervals and controls."""
+    from mi_weightspace import commands
+
+    check_output(out)
+    args = {"models": list(models), "prompts": prompts, "controls": controls,
+            "position": position, "target": target, "seed": seed}  # fmt: skip
+    report = commands.dmu(**args, progress=not quiet)  # pyright: ignore[reportArgumentType]
+    columns = ("stage", "contrast", "point", "n", "rel_delta", "ci_low", "ci_high", "p",
+               "p_adjusted", "above_controls")  # fmt: skip
+    own: Any = report.table[~report.table["is_control"].astype(bool)]
+    top = own.sort_values("rel_delta", ascending=False).groupby(["stage", "contrast"], sort=False)
+    finish(report, out, "dmu", args, columns, top.head(1))
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A folder, adapter or hub id.")],
+    prompts: Prompts,
+    out: Out,
+    controls: Controls = None,
+    method: Annotated[str, typer.Option(help="dm, lda, ridge, lr or paired.")] = "lda",
+    position: Position = "last",
+    target: Target = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a DEFER probe at every stream point; writes OUT/direction.safetensors."""
+    from mi_weightspace import commands
+
+    check_output(out)
+    args = {"model": model, "prompts": prompts, "controls": controls, "method": method,
+            "position": position, "target": target, "seed": seed}  # fmt: skip
+    report = commands.probe(**args, progress=not quiet)  # pyright: ignore[reportArgumentType]
+    columns = ("point", "n", "n_clusters", "auroc", "auroc_low", "auroc_high", "p_adjusted",
+               "heldout_register_auroc", "specificity")  # fmt: skip
+    finish(report, out, "probe", args, columns)
+
+
+@app.command()
+def svd(
+    models: Models,
+    out: Out,
+    sites: Annotated[str | None, typer.Option(help="Globs, comma-separated.")] = None,
+    rank: Annotated[int, typer.Option(help="Triplets kept for each matrix.")] = 16,
+    activations: Annotated[
+        str | None, typer.Option(help="Prompts: also decompose the change as realised on them.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    shard: Annotated[
+        str, typer.Option(help="i/n: only every n-th matrix (many machines).")
+    ] = "0/1",
+    memory_limit: Annotated[float | None, typer.Option(help="GB for all workers.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Singular value decomposition of what every stage changed; streams the tensors."""
+    from mi_weightspace import commands
+
+    check_output(out)
+    part = parse_shard(shard)
+    journal = out.absolute().parent / f".{out.name}.journal"
+    if journal.exists() and not resume and part == (0, 1):
+        raise OutputError(
+            f"output folder {out}",
+            given=f"the journal of an interrupted run ({journal})",
+            expected="--resume, or no journal",
+            remedy="Add --resume to go on, or delete the journal to begin again.",
+        )
+    args = {"models": list(models), "sites": sites, "rank": rank, "activations": activations,
+            "seed": seed}  # fmt: skip
+    report = commands.svd(
+        **args,  # pyright: ignore[reportArgumentType]
+        jobs=jobs,
+        shard=part,
+        memory_limit=memory_limit,
+        journal=str(journal),
+        progress=not quiet,
+    )
+    if part != (0, 1):
+        typer.echo(f"shard {shard}: {len(report)} matrices in {journal}")
+        typer.echo("when every shard is done, run the command without --shard and with --resume")
+        return
+    columns = ("stage", "site", "fro", "rel_fro", "rounding_flag", "spectral", "stable_rank",
+               "resolved")  # fmt: skip
+    rows = report.tables["sites"].sort_values("rel_fro", ascending=False)
+    finish(report, out, "svd", args, columns, rows)
+    commands.clear_journal(str(journal))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``i/n`` with 0 ≤ i < n."""
+    first, _, second = text.partition("/")
+    if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+        raise ConfigError(
+            "--shard", given=repr(text), expected="i/n with 0 ≤ i < n", remedy="--shard 0/4"
+        )
+    return int(first), int(second)
+
+
+@app.command()
+def project(
+    run: Annotated[str, typer.Argument(help="An svd run folder.")],
+    direction: Annotated[list[str], typer.Option(help="direction.safetensors; may be repeated.")],
+    out: Out,
+    layer: Annotated[int | None, typer.Option(help="Of a bare vector, or which to pick.")] = None,
+    controls: Annotated[
+        list[str] | None, typer.Option(help="Direction files of matched controls.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="Run the stages on these.")] = None,
+    n_null: Annotated[int, typer.Option(help="Draws of each sign-flip null.")] = 999,
+    alpha: Annotated[float, typer.Option(help="Level of every test.")] = 0.05,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Project the components of an svd run onto directions, with nulls and controls."""
+    from mi_weightspace import commands
+
+    check_output(out)
+    args = {"run": run, "directions": list(direction), "layer": layer,
+            "controls": list(controls or []), "prompts": prompts, "n_null": n_null, "alpha": alpha,
+            "seed": seed}  # fmt: skip
+    report = commands.project(**args, progress=not quiet)  # pyright: ignore[reportArgumentType]
+    columns = ("stage", "site", "side", "direction", "verdict", "cosine", "R", "R_lda", "p_sign",
+               "p_lda_rank", "n_controls", "G", "p_G", "stage_gate_p", "rounding_flag")  # fmt: skip
+    rows = report.table.sort_values(["p_adjusted", "p_sign"], na_position="last")
+    finish(report, out, "project", args, columns, rows)
+
+
+@app.command(name="report")
+def report_command(
+    folders: Annotated[list[str], typer.Argument(help="Run folders, or folders of run folders.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "mi-weightspace",
+) -> None:
+    """Any run folders in one self-contained page."""
+    from mi_weightspace import commands
+
+    typer.echo(f"report: {commands.report(folders, str(out), title=title)}")
+
+
+@app.command()
+def replay(
+    folder: Annotated[str, typer.Argument(help="A run folder of this command line.")],
+    out: Annotated[Path | None, typer.Option(help="Default: FOLDER-replay.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a folder again from its own config and say whether the numbers are the same."""
+    from mi_weightspace import commands
+
+    target = out or Path(f"{folder.rstrip('/')}-replay")
+    old, new = commands.replay(folder, str(target), progress=not quiet)
+    differing = commands.differing(old, new)
+    same = "the same numbers" if not differing else f"different: {', '.join(differing)}"
+    typer.echo(f"{same}\nrun folder: {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
