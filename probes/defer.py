@@ -16,24 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.activations import PairedActivations
-from mi_weightspace.core.contrasts import Contrast, ContrastSet, Split
-from mi_weightspace.core.errors import ConfigError, PromptError
-from mi_weightspace.core.shifts import DEAD_SHIFT, cluster_index, mean_shift, studentised_max_p
+from mi_weightspace.core.contrasts import ContrastSet, Split
+from mi_weightspace.core.errors import ConfigError
+from mi_weightspace.core.shifts import cluster_index, mean_shift, studentised_max_p
 from mi_weightspace.core.space import Space
 from mi_weightspace.core.stats import cluster_weights, percentile_interval
 from mi_weightspace.core.verdict import Verdict, Word
 from probes.bank import ProbeBank, principal_rows, unit_rows
-from probes.gather import Roles, obtain, one_target, pick_points, stack
+from probes.gather import obtain, one_target, pick_points, stack
 from probes.linear import (
     METHODS,
     Kernel,
     Method,
-    from_gram,
-    haufe_pattern,
     leave_out_scores,
     operators,
     pair_auroc,
@@ -42,12 +39,12 @@ from probes.linear import (
     within_pair,
 )
 from probes.logistic import score
+from probes.task import Task
 from probes.validation import (
     HeldOut,
     as_row,
     choose_point,
     estimates,
-    fit_all,
     group_schemes,
     hold_out,
 )
@@ -57,13 +54,10 @@ if TYPE_CHECKING:
 
 MIN_CLUSTERS = 5
 """Below this no sign-flip p can reach 0.05 (2⁻⁵ = 0.031)."""
-LEAST_CLUSTERS = 3
-"""Below this the nested choice has nothing to fit on."""
 ALPHA = 0.05
 ENOUGH_CONTROLS = 19
 N_PCS = 8
 MOST_PC_ROWS = 128
-_CHUNK_BYTES = 1 << 26
 
 
 def fit(
@@ -108,7 +102,7 @@ def fit(
     harvested = time.perf_counter()
     who = one_target(activations.contrasts, target)
     every = pick_points(activations, points)
-    task = _Task(activations, who, method, seed, n_bootstrap, every)
+    task = Task(activations, who, method, seed, n_bootstrap, every)
     live = task.live
     numbers = _numbers(task, n_permutations, progress)
     table = _table(task, numbers)
@@ -138,89 +132,6 @@ def fit(
     )
 
 
-class _Task:
-    """One contrast's activations, split, with the points that have something to fit."""
-
-    def __init__(
-        self,
-        activations: PairedActivations,
-        who: Roles,
-        method: Method,
-        seed: int,
-        n_bootstrap: int,
-        every: tuple[Space, ...],
-    ) -> None:
-        self.activations, self.who = activations, who
-        self.method: Method = method
-        self.seed, self.n_bootstrap, self.every = seed, n_bootstrap, every
-        self.name = who.targets[0]
-        self.contrast: Contrast = activations.contrasts[self.name]
-        self.pairs = self.split("fit")
-        self.clusters = [self.contrast.pairs[i].cluster_id for i in self.pairs]
-        if len(set(self.clusters)) < LEAST_CLUSTERS:
-            raise PromptError(
-                f"contrast {self.name!r}",
-                given=f"{len(set(self.clusters))} clusters of split 'fit'",
-                expected=f"at least {LEAST_CLUSTERS} (item × wording)",
-                remedy="Add items, or mark more pairs as split 'fit'.",
-            )
-        self.is_live = self._differs(self.name, self.pairs)
-        self.live = tuple(p for p, ok in zip(every, self.is_live.tolist(), strict=True) if ok)
-        if not self.live:
-            raise PromptError(
-                f"contrast {self.name!r}",
-                given="the same activations on both sides at every point",
-                expected="at least one point where the two sides differ",
-                remedy="Check that the prompts differ before the position pooled.",
-            )
-        self.values = stack(activations, self.name, self.live, self.pairs)
-        self.controls = tuple(
-            name for name in who.controls if bool(self._differs(name)[self.is_live].all())
-        )
-        d = self.values.shape[-1]
-        self.chunk = max(1, _CHUNK_BYTES // (16 * self.values.shape[1] * d))
-
-    def split(self, split: Split) -> list[int]:
-        return [i for i, pair in enumerate(self.contrast.pairs) if pair.split == split]
-
-    def _differs(self, name: str, pairs: Sequence[int] | None = None) -> Bool[Tensor, " points"]:
-        """Points with a shift and with variance between items."""
-        found = []
-        for point in self.every:
-            value = self.activations.at(name, point)
-            value = value if pairs is None else value[list(pairs)]
-            mean = value.mean(0, dtype=torch.float64)
-            size = DEAD_SHIFT * value.norm(dim=-1).double().mean()
-            shift = (mean[0] - mean[1]).norm()
-            spread = torch.linalg.vector_norm(value - mean.float()) / len(value) ** 0.5
-            found.append(bool(shift > size) and bool(spread > size))
-        return torch.tensor(found)
-
-    def kernel(self) -> Kernel:
-        grams = []
-        for value in self.values:
-            rows = torch.cat([value[:, 0], value[:, 1]]).double()
-            rows = rows - rows.mean(0)
-            grams.append(rows @ rows.T)
-        return from_gram(torch.stack(grams), self.values.shape[-1])
-
-    def filters(
-        self, values: Float[Tensor, "points n 2 d"], penalty: Float[Tensor, " points"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Filter (L, d), bias (L,) and pattern (L, d), not normalised."""
-        parts = []
-        for start in range(0, len(values), self.chunk):
-            part = values[start : start + self.chunk].double()
-            weight, bias = fit_all(self.method, part, penalty[start : start + self.chunk])
-            if self.method in {"ridge", "lr"}:
-                pattern = haufe_pattern(part, weight)
-            else:
-                pattern = mean_shift(part[:, :, 0] - part[:, :, 1])
-            parts.append((weight, bias, pattern))
-        weight, bias, pattern = (torch.cat(column) for column in zip(*parts, strict=True))
-        return weight, bias, pattern
-
-
 @dataclass(frozen=True, eq=False)
 class _Numbers:
     """Results at the live points, in their order."""
@@ -235,7 +146,7 @@ class _Numbers:
     best: int
 
 
-def _numbers(task: _Task, n_permutations: int, progress: bool) -> _Numbers:
+def _numbers(task: Task, n_permutations: int, progress: bool) -> _Numbers:
     index = cluster_index(task.clusters)
     kernel_ = task.kernel()
     held = hold_out(task.method, task.values, index, kernel_)
@@ -280,7 +191,7 @@ def _numbers(task: _Task, n_permutations: int, progress: bool) -> _Numbers:
 
 
 def _permutation_p(
-    task: _Task, kernel_: Kernel, held: HeldOut, n_permutations: int
+    task: Task, kernel_: Kernel, held: HeldOut, n_permutations: int
 ) -> tuple[list[float], list[float]]:
     """p of the leave-cluster-out AUROC, alone and by the maximum over points."""
     index = cluster_index(task.clusters)
@@ -293,7 +204,7 @@ def _permutation_p(
 
 
 def _held_out_columns(
-    task: _Task, split: Split, weight: Tensor, bias: Tensor
+    task: Task, split: Split, weight: Tensor, bias: Tensor
 ) -> dict[str, list[float]]:
     names = ("auroc", "auroc_low", "auroc_high", "within_pair", "n_clusters")
     pairs = task.split(split)
@@ -311,7 +222,7 @@ class _Controls:
 
     Attributes:
         scores: control -> (L, n, 2).
-        patterns, filters: (L, n_controls, d) unit rows, in the order of `_Task.controls`.
+        patterns, filters: (L, n_controls, d) unit rows, in the order of `Task.controls`.
     """
 
     scores: dict[str, Float[Tensor, "points n 2"]]
@@ -320,7 +231,7 @@ class _Controls:
 
 
 def _fit_controls(
-    task: _Task, weight: Tensor, bias: Tensor, penalty: Tensor, progress: bool
+    task: Task, weight: Tensor, bias: Tensor, penalty: Tensor, progress: bool
 ) -> _Controls:
     from rich.progress import track
 
@@ -339,7 +250,7 @@ def _fit_controls(
 
 
 def _specificity(
-    task: _Task, own: Tensor, fitted: _Controls
+    task: Task, own: Tensor, fitted: _Controls
 ) -> tuple[pd.DataFrame, dict[str, list[float]]]:
     """The probe's score on every control, and what of it belongs in the main table.
 
@@ -374,7 +285,7 @@ def _specificity(
     }
 
 
-def _table(task: _Task, numbers: _Numbers) -> pd.DataFrame:
+def _table(task: Task, numbers: _Numbers) -> pd.DataFrame:
     import pandas as pd
 
     scores = pd.DataFrame(numbers.columns, index=[p.name for p in task.live])
@@ -395,7 +306,7 @@ def _table(task: _Task, numbers: _Numbers) -> pd.DataFrame:
     return pd.concat([head, scores], axis=1).reset_index(drop=True)
 
 
-def _arrays(task: _Task, numbers: _Numbers) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _arrays(task: Task, numbers: _Numbers) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Directions of every live point with the controls' and the moments of all prompts."""
     shift = mean_shift(task.values[:, :, 0].double() - task.values[:, :, 1].double())
     arrays = {
@@ -411,7 +322,7 @@ def _arrays(task: _Task, numbers: _Numbers) -> tuple[dict[str, Tensor], tuple[st
     return arrays | _moments(task), task.controls
 
 
-def _moments(task: _Task) -> dict[str, Tensor]:
+def _moments(task: Task) -> dict[str, Tensor]:
     """Mean and variance over every prompt, and principal directions of an even sample of them."""
     names = [c.name for c in task.activations.contrasts]
     means, variances, samples = [], [], []
@@ -438,7 +349,7 @@ def _moments_of(rows: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " d"], Float[
 
 # ---- verdict -------------------------------------------------------------------------------
 def _judge(
-    task: _Task, numbers: _Numbers, table: pd.DataFrame, n_controls: int
+    task: Task, numbers: _Numbers, table: pd.DataFrame, n_controls: int
 ) -> tuple[Verdict, tuple[str, ...]]:
     """At the chosen point: is it decodable, and more so than what the probe makes of controls?
 
@@ -478,7 +389,7 @@ def _judge(
     return Verdict(word, subject, evidence), _reservations(task, n_controls)
 
 
-def _reservations(task: _Task, n_controls: int) -> tuple[str, ...]:
+def _reservations(task: Task, n_controls: int) -> tuple[str, ...]:
     found = []
     given = len(task.who.controls)
     if not task.split("heldout_register"):

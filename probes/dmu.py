@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -30,11 +31,10 @@ from probes.dmu_tables import Sweep, tables, verdicts
 from probes.gather import obtain_stages, pick_points, roles
 from probes.shift_stats import (
     DENOMINATORS,
-    Shift,
     draw,
     geometry,
-    measure,
-    measure_change,
+    measure_changes,
+    measure_stages,
     rogue_coordinates,
 )
 
@@ -230,18 +230,16 @@ def _measure(
         layout = cluster_index(clusters).tolist()
         if layout != held or drawn is None:
             held, drawn = layout, draw(clusters, **draws)
-        earlier: Shift | None = None
-        for i, stage in enumerate(names):
-            found = geometry(at(stage, contrast), dropped)
-            shift, previous = measure(found, drawn, denominators=sweep.denominators), earlier
+        values = [at(stage, contrast) for stage in names]
+        found = [geometry(own, dropped) for own in values]
+        shifts = measure_stages(found, drawn, denominators=sweep.denominators)
+        for stage, shift in zip(names, shifts, strict=True):
             sweep.add(stage, contrast, shift)
-            earlier = shift
-            if previous is None:
-                continue
-            change = measure_change(
-                at(names[i - 1], contrast), at(stage, contrast), previous, drawn, dropped=dropped
-            )
-            sweep.add_change(names[i - 1], stage, contrast, change)
+        if len(names) == 1:
+            continue
+        changes = measure_changes(values, shifts, drawn, dropped=dropped)
+        for (before, stage), change in zip(pairwise(names), changes, strict=True):
+            sweep.add_change(before, stage, contrast, change)
             if contrast in sweep.who.targets:
                 arrays[f"did/{stage}/{contrast}"] = change.vector.to(torch.float32)
     return arrays

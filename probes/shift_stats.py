@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -213,23 +214,33 @@ class Shift:
 
 
 def measure(found: Geometry, draws: Draws, *, denominators: Sequence[str] = DENOMINATORS) -> Shift:
-    """Everything about one contrast's shift from its inner products.
+    """Everything about one contrast's shift from its inner products."""
+    return measure_stages([found], draws, denominators=denominators)[0]
+
+
+def measure_stages(
+    parts: Sequence[Geometry], draws: Draws, *, denominators: Sequence[str] = DENOMINATORS
+) -> list[Shift]:
+    """`measure` at several stages; their quadratic forms are taken together, which is faster.
 
     Raises:
         PromptError: fewer than two clusters.
     """
-    gram_, mean_norm = found.pairs(), found.size.mean(1)
+    rows, size, rogue = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "size", "rogue")
+    )
+    found = Geometry(rows, size, rogue, parts[0].width)
+    gram_, mean_norm = found.pairs(), size.mean(1)
     dead = norm_sq(gram_).sqrt() <= DEAD_SHIFT * mean_norm
     gram_ = torch.where(dead[:, None, None], 0.0, gram_)
     raw = norm_sq(gram_).sqrt()
     noise = sampling_variance(gram_, draws.clusters)
-    p, p_adjusted = studentised_max_p(raw, draws.flipped(gram_))
+    p, p_adjusted = _p_by_stage(raw, draws.flipped(gram_), len(parts))
     length = draws.resampled_sq(gram_).sqrt()
     value, drawn = {}, {}
     if "rel_norm" in denominators:
         value["rel_norm"] = raw / mean_norm.clamp(min=1e-300)
-        weights = draws.weights
-        resampled = weights @ found.size.T / weights.sum(1, keepdim=True)
+        resampled = draws.weights @ size.T / draws.weights.sum(1, keepdim=True)
         drawn["rel_norm"] = length / resampled.clamp(min=1e-300)
     if "rel_spread" in denominators:
         spread = found.spread_sq().sqrt()
@@ -239,20 +250,32 @@ def measure(found: Geometry, draws: Draws, *, denominators: Sequence[str] = DENO
         white = torch.where(dead[:, None, None], 0.0, found.whitened_pairs())
         value["mahal"] = norm_sq(white).sqrt()
         drawn["mahal"] = draws.resampled_sq(white).sqrt()
-    return Shift(
-        n=found.n_pairs,
-        n_clusters=draws.n_clusters,
-        raw=raw,
-        raw_debiased=signed_sqrt(raw.square() - noise),
-        snr=raw / torch.where(noise > 0, noise, torch.inf).sqrt(),
-        mean_norm=mean_norm,
-        rogue=found.rogue,
-        dead=dead,
-        value=value,
-        draws=drawn,
-        p=p,
-        p_adjusted=p_adjusted,
-    )
+    debiased = signed_sqrt(raw.square() - noise)
+    snr = raw / torch.where(noise > 0, noise, torch.inf).sqrt()
+    vectors = (raw, debiased, snr, mean_norm, rogue, dead, p, p_adjusted)
+    names = ("raw", "raw_debiased", "snr", "mean_norm", "rogue", "dead", "p", "p_adjusted")
+    points, shifts = len(parts[0].size), []
+    for stage in range(len(parts)):
+        own = slice(stage * points, (stage + 1) * points)
+        shifts.append(
+            Shift(
+                n=found.n_pairs,
+                n_clusters=draws.n_clusters,
+                value={k: v[own] for k, v in value.items()},
+                draws={k: v[:, own] for k, v in drawn.items()},
+                **{k: v[own] for k, v in zip(names, vectors, strict=True)},
+            )
+        )
+    return shifts
+
+
+def _p_by_stage(
+    observed: Float[Tensor, " points"], null: Float[Tensor, "b points"], n_stages: int
+) -> tuple[Float[Tensor, " points"], Float[Tensor, " points"]]:
+    """The maximum is over the points of one stage."""
+    pairs = zip(observed.chunk(n_stages), null.chunk(n_stages, dim=1), strict=True)
+    found = [studentised_max_p(own, draws) for own, draws in pairs]
+    return torch.cat([p for p, _ in found]), torch.cat([p for _, p in found])
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,35 +298,42 @@ class Change:
     p_adjusted: Float[Tensor, " points"]
 
 
-def measure_change(
-    before: Sequence[Float[Tensor, "n 2 d"]],
-    after: Sequence[Float[Tensor, "n 2 d"]],
-    earlier: Shift,
+def measure_changes(
+    stages: Sequence[Sequence[Float[Tensor, "n 2 d"]]],
+    shifts: Sequence[Shift],
     draws: Draws,
     *,
     dropped: Sequence[Int[Tensor, " k"]] | None = None,
-) -> Change:
-    """The null flips the signs of the per-pair differences of differences.
+) -> list[Change]:
+    """Between every two neighbouring stages; the null flips the signs of the per-pair changes.
 
     Args:
-        earlier: the shift measured at the stage before.
+        stages: for every stage its activations at every point.
+        shifts: what `measure_stages` found there.
     """
     grams, vectors = [], []
-    for i, (early, late) in enumerate(zip(before, after, strict=True)):
-        wide = late.double() - early
-        step = wide[:, 0] - wide[:, 1]
-        if dropped is not None:
-            step = step.index_fill(-1, dropped[i], 0.0)
-        grams.append(step @ step.T)
-        vectors.append(step.mean(0))
-    gram_ = torch.stack(grams)
-    still = norm_sq(gram_).sqrt() <= DEAD_SHIFT * earlier.mean_norm
+    for before, after in pairwise(stages):
+        for i, (early, late) in enumerate(zip(before, after, strict=True)):
+            wide = late.double() - early
+            step = wide[:, 0] - wide[:, 1]
+            if dropped is not None:
+                step = step.index_fill(-1, dropped[i], 0.0)
+            grams.append(step @ step.T)
+            vectors.append(step.mean(0))
+    gram_, vector = torch.stack(grams), torch.stack(vectors)
+    mean_norm, raw, dead = (
+        torch.cat([getattr(shift, name) for shift in shifts[:-1]])
+        for name in ("mean_norm", "raw", "dead")
+    )
+    still = norm_sq(gram_).sqrt() <= DEAD_SHIFT * mean_norm
     gram_ = torch.where(still[:, None, None], 0.0, gram_)
     norm = norm_sq(gram_).sqrt()
-    p, p_adjusted = studentised_max_p(norm, draws.flipped(gram_))
+    p, p_adjusted = _p_by_stage(norm, draws.flipped(gram_), len(stages) - 1)
     low, high = interval(draws.resampled_sq(gram_).sqrt())
-    relative = torch.where(earlier.dead, torch.nan, norm / earlier.raw.clamp(min=1e-300))
-    return Change(torch.stack(vectors), norm, low, high, relative, p, p_adjusted)
+    relative = torch.where(dead, torch.nan, norm / raw.clamp(min=1e-300))
+    columns = (vector, norm, low, high, relative, p, p_adjusted)
+    steps = zip(*(column.chunk(len(stages) - 1) for column in columns), strict=True)
+    return [Change(*step) for step in steps]
 
 
 def interval(draws: Float[Tensor, "b points"]) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from mi_weightspace.core.stats import cluster_weights
 from mi_weightspace.core.verdict import Word
 from probes import dmu_tables, shift_stats
 from probes.dmu import DmuReport, dmu_sweep
-from probes.shift_stats import draw, geometry, measure, measure_change
+from probes.shift_stats import draw, geometry, measure, measure_changes, measure_stages
 
 FAST = {"n_flips": 499, "n_bootstrap": 300, "progress": False}
 CLUSTERS = ["a", "a", "b", "c", "d", "e", "f", "g"]
@@ -131,11 +131,23 @@ def test_p_values_equal_explicit_flips_with_the_maximum_over_points() -> None:
         assert float(found.p_adjusted[i]) == pytest.approx(joint)
 
 
+def test_stages_measured_together_equal_each_alone() -> None:
+    drawn = draw(CLUSTERS, n_flips=60, n_bootstrap=20, seed=1)
+    parts = [geometry(list(values(seed=s, shift=s))) for s in (1, 2, 3)]
+    for one, part in zip(measure_stages(parts, drawn), parts, strict=True):
+        alone = measure(part, drawn)
+        assert torch.allclose(one.p_adjusted, alone.p_adjusted)
+        assert torch.allclose(one.snr, alone.snr)
+        for name, draws in alone.draws.items():
+            assert torch.allclose(one.draws[name], draws)
+            assert torch.allclose(one.value[name], alone.value[name])
+
+
 def test_change_equals_explicit_differences_in_differences() -> None:
     before, after = values(seed=1), values(seed=2, shift=2.0)
     drawn = draw(CLUSTERS, n_flips=60, n_bootstrap=2, seed=1)
-    early = measure(geometry(list(before)), drawn)
-    found = measure_change(list(before), list(after), early, drawn)
+    early, late = measure_stages([geometry(list(v)) for v in (before, after)], drawn)
+    found = measure_changes([list(before), list(after)], [early, late], drawn)[0]
     x, y = (v.double().numpy() for v in (before, after))
     step = (y[:, :, 0] - y[:, :, 1]) - (x[:, :, 0] - x[:, :, 1])
     assert np.allclose(found.vector.numpy(), step.mean(1))
@@ -258,7 +270,7 @@ def test_p_is_uniform_with_the_maximum_over_points_for_shift_and_change() -> Non
         drawn = draw([str(i) for i in range(8)], n_flips=99, n_bootstrap=2, seed=seed)
         first = measure(geometry(list(one)), drawn)
         shift.append(float(first.p_adjusted.min()))
-        after = measure_change(list(one), list(two), first, drawn)
+        after = measure_changes([list(one), list(two)], [first, first], drawn)[0]
         change.append(float(after.p_adjusted.min()))
     assert kstest(shift, "uniform").pvalue > 0.01
     assert kstest(change, "uniform").pvalue > 0.01
