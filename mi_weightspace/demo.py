@@ -99,4 +99,5 @@ def run_demo(out: str | Path, *, seed: int = 0, preset: str = "toy", progress: b
         folder / "report.html",
         title="mi-weightspace demo",
         question=QUESTION,
+        rerun=f"mi-weightspace demo --preset {preset} --seed {seed} --out NEW_FOLDER",
     )

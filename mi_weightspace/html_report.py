@@ -6,6 +6,7 @@ as text, and reads the same for a finding, a refusal and a null result.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,17 +24,6 @@ DEFAULT_QUESTION = (
     "Which training stage wrote this direction, into which matrix, and how sure are we?"
 )
 Group = tuple[str, Sequence[Report]]
-_QUIET = frozenset(
-    {
-        "no change",
-        "not significant",
-        "underpowered",
-        "below rounding floor",
-        "not axis-specific",
-        "direction unresolved",
-        "no verdict",
-    }
-)
 
 
 def write_report(
@@ -42,11 +32,13 @@ def write_report(
     *,
     title: str = "mi-weightspace",
     question: str = "",
+    rerun: str = "",
 ) -> Path:
     """Write the page and return its path.
 
     Args:
         reports: reports of one question, or ``(name, reports)`` groups, each with its own answer.
+        rerun: the command that makes all of it again, where there is one.
 
     Raises:
         OutputError: no report, the file exists, or it cannot be written.
@@ -60,7 +52,7 @@ def write_report(
             expected="a new file name and at least one report",
             remedy="Choose another --out; pages are never overwritten.",
         )
-    page = render(groups, title=title, question=question or DEFAULT_QUESTION)
+    page = render(groups, title=title, question=question or DEFAULT_QUESTION, rerun=rerun)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,21 +75,23 @@ def as_groups(reports: Sequence[Report] | Sequence[Group]) -> list[Group]:
     return [(name, list(own)) for name, own in reports]  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def render(groups: Sequence[Group], *, title: str, question: str) -> str:
+def render(groups: Sequence[Group], *, title: str, question: str, rerun: str = "") -> str:
     """The page as text."""
     from plotly.offline import get_plotlyjs
 
     drawn: list[dict[str, Any]] = []
+    built = [(name, own, sections(own)) for name, own in groups]
     answers = "".join(_answer(name, answer(own, question)) for name, own in groups)
     parts = [
         f'<h1>{text(title)}</h1><p class="question">{text(question)}</p>',
         f'<div class="answers">{answers}</div>',
-        _contents(groups),
+        _contents([(name, found) for name, _, found in built]),
     ]
-    for index, (name, own) in enumerate(groups):
-        for place, section in enumerate(sections(own)):
+    for index, (name, own, found) in enumerate(built):
+        for place, section in enumerate(found):
             parts.append(_section(section, f"g{index}s{place}", name, drawn))
         parts.append(_footing(name, own, f"g{index}end"))
+    parts.append(_again(groups, rerun))
     parts.append(_words(groups))
     parts.append("<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>")
     parts.append(json_block("figures", drawn))
@@ -109,53 +103,86 @@ def render(groups: Sequence[Group], *, title: str, question: str) -> str:
 def _answer(name: str, found: Answer) -> str:
     numbers = "".join(
         f'<div class="number"><b>{text(n.value)}</b>{text(n.name)}<dl>'
-        f"<dt>n</dt><dd>{text(n.n.removeprefix('n = '))}</dd>"
-        f"<dt>null</dt><dd>{text(n.null.removeprefix('null: '))}</dd>"
+        f"<dt>n</dt><dd>{text(n.n)}</dd>"
+        f"<dt>null</dt><dd>{text(n.null)}</dd>"
         f"<dt>interval</dt><dd>{text(n.interval)}</dd></dl></div>"
         for n in found.numbers
     )
-    lines = "".join(f"<li>{text(line)}</li>" for line in found.lines)
-    css = "answer" if found.verdict in _QUIET else "answer found"
+    subject = f" <span>{text(found.subject)}</span>" if found.subject else ""
+    meaning = found.meaning[:1].upper() + found.meaning[1:]
     return (
-        f'<section class="{css}"><div class="group">{text(name)}</div>'
-        f'<div class="verdict">{text(found.verdict)}</div>'
-        f'<div class="subject">{text(found.subject)}</div>'
-        f"<p>{text(found.meaning[:1].upper() + found.meaning[1:])}.</p>"
-        f'<div class="numbers">{numbers}</div>'
-        + (f'<ul class="stages">{lines}</ul>' if lines else "")
-        + "</section>"
+        f'<section class="answer{" found" if found.found else ""}">'
+        f'<div class="group">{text(name)}</div>'
+        f'<div class="verdict">{text(found.verdict)}{subject}</div><p>{text(meaning)}.</p>'
+        f'<div class="numbers">{numbers}</div>{_steps(found)}</section>'
     )
 
 
-def _contents(groups: Sequence[Group]) -> str:
-    links = []
-    for index, (name, own) in enumerate(groups):
-        prefix = f"{name}: " if name else ""
-        for place, section in enumerate(sections_headings(own)):
-            links.append(f'<a href="#g{index}s{place}">{text(prefix + section)}</a>')
-    return f"<nav>{''.join(links)}</nav>"
+def _steps(found: Answer) -> str:
+    if not found.steps:
+        return ""
+    rows = "".join(
+        f"<tr><td>{text(s.step)}</td><td>{text(s.verdict)}</td><td>{text(s.place)}</td>"
+        f"<td>{text(s.gate)}</td><td>{text(s.behaviour)}</td></tr>"
+        for s in found.steps
+    )
+    head = "".join(
+        f'<th scope="col">{h}</th>'
+        for h in ("stage", "verdict", "matrix", "gate p", "change of behaviour")
+    )
+    return f'<table class="stages"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
-def sections_headings(reports: Sequence[Report]) -> list[str]:
-    return [s.heading for s in sections(reports)]
+def _contents(groups: Sequence[tuple[str, Sequence[Section]]]) -> str:
+    lines = []
+    for index, (name, found) in enumerate(groups):
+        links = "".join(
+            f'<a href="#g{index}s{place}">{text(section.heading)}</a>'
+            for place, section in enumerate(found)
+        )
+        head = f"<b>{text(name)}</b>" if name else ""
+        end = f'<a href="#g{index}end">Reservations and provenance</a>'
+        lines.append(f"<div>{head}{links}{end}</div>")
+    return f'<nav>{"".join(lines)}<div><a href="#again">Run it again</a></div></nav>'
 
 
 def _section(section: Section, anchor: str, name: str, drawn: list[dict[str, Any]]) -> str:
     group = f" <small>{text(name)}</small>" if name else ""
-    parts = [f'<h2 id="{anchor}">{text(section.heading)}{group}</h2><p>{text(section.note)}</p>']
+    first = ' class="first"' if anchor.endswith("s0") else ""
+    head = f'<h2 id="{anchor}"{first}>{text(section.heading)}{group}</h2>'
+    parts = [f'<div class="keep">{head}<p>{text(section.note)}</p>']
     for place, figure in enumerate(section.figures):
         identifier = f"{anchor}f{place}"
-        drawn.append({"id": identifier, "figure": json.loads(str(figure.to_json()))})
-        height = figure.layout["height"] or 400
-        parts.append(f'<div class="figure" id="{identifier}" style="height:{int(height)}px"></div>')
+        caption, data = captioned(json.loads(str(figure.to_json())))
+        drawn.append({"id": identifier, "figure": data})
+        height = int(data["layout"].get("height", 400))
+        parts.append(
+            f"<figure><figcaption>{text(caption)}</figcaption>"
+            f'<div class="figure" id="{identifier}" style="height:{height}px"></div></figure>'
+            + ("</div>" if place == 0 else "")
+        )
+    if not section.figures:
+        parts.append("</div>")
     parts.extend(table(view) for view in section.tables)
     if not section.figures and not any(len(v.frame) for v in section.tables):
         parts.append('<p class="none">Nothing to show.</p>')
     return "\n".join(parts)
 
 
+def captioned(figure: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A figure's title as plain text, and the figure without it and the room it took."""
+    layout = figure["layout"]
+    marked = (layout.pop("title", None) or {}).get("text") or ""
+    spare = 36 + 22 * marked.count("<br>")
+    top = layout.get("margin", {}).get("t", 0)
+    if marked and top > spare and "height" in layout:
+        layout["margin"]["t"] = top - spare
+        layout["height"] -= spare
+    return html.unescape(marked.replace("<br>", " ")), figure
+
+
 def _footing(name: str, reports: Sequence[Report], anchor: str) -> str:
-    """Reservations, provenance, and how to run it again."""
+    """Reservations and provenance."""
     reservations = list(dict.fromkeys(_reservations(reports)))
     items = "".join(f"<li>{text(r)}</li>" for r in reservations)
     inputs = {k: v for report in reports for k, v in report.inputs.items()}
@@ -163,10 +190,8 @@ def _footing(name: str, reports: Sequence[Report], anchor: str) -> str:
         f"<tr><td>{text(k)}</td><td><code>{text(v)}</code></td></tr>" for k, v in inputs.items()
     )
     versions = ", ".join(f"{k} {v}" for k, v in reports[0].versions.items())
-    seconds = "".join(
-        f"<li>{text(r.kind)}: "
-        + text(", ".join(f"{k} {v:.1f} s" for k, v in r.timings.items()))
-        + "</li>"
+    seconds = "; ".join(
+        f"{r.kind} " + ", ".join(f"{k} {v:.1f} s" for k, v in r.timings.items())
         for r in reports
         if r.timings
     )
@@ -178,13 +203,41 @@ def _footing(name: str, reports: Sequence[Report], anchor: str) -> str:
             if items
             else '<p class="none">No reservation was recorded.</p>'
         )
-        + (f'<h3>Inputs</h3><div class="scroll"><table>{rows}</table></div>' if rows else "")
+        + (
+            f"<details><summary>Inputs <small>({len(inputs)} hashes)</small></summary>"
+            f'<div class="scroll"><table>{rows}</table></div></details>'
+            if rows
+            else ""
+        )
         + f"<p class='soft'>{text(versions)}</p>"
-        + (f"<h3>Time</h3><ul>{seconds}</ul>" if seconds else "")
-        + "<h3>Run it again</h3><p>Every run folder replays itself: "
-        + "<code>mi-weightspace replay RUN_FOLDER --out NEW_FOLDER</code>. As commands:</p>"
-        + f"<pre>{text(chr(10).join(dict.fromkeys(command_line(r) for r in reports)))}</pre>"
+        + (f"<p class='soft'>Time: {text(seconds)}.</p>" if seconds else "")
     )
+
+
+def _again(groups: Sequence[Group], rerun: str) -> str:
+    """How to make it again: the one command, the commands of the runs, and every setting."""
+    every = [(name, report) for name, own in groups for report in own]
+    commands = [rerun] if rerun else []
+    commands += [c for c in (command_line(r) for _, r in every) if c]
+    listed = chr(10).join(dict.fromkeys(commands))
+    rows = "".join(
+        f"<tr><td>{text(name)}</td><td>{text(report.kind)}</td>"
+        f"<td><code>{text(shortened(report.config))}</code></td></tr>"
+        for name, report in every
+    )
+    return (
+        '<h2 id="again">Run it again</h2>'
+        + (f"<pre>{text(listed)}</pre>" if listed else "")
+        + "<p>A run folder made by a command is run again by "
+        "<code>mi-weightspace replay RUN_FOLDER</code>; its config.yaml holds every setting.</p>"
+        f"<details><summary>Settings <small>({len(every)} runs)</small></summary>"
+        f'<div class="scroll"><table class="words">{rows}</table></div></details>'
+    )
+
+
+def shortened(config: Mapping[str, Any], most: int = 600) -> str:
+    written = json.dumps(dict(config), default=str, ensure_ascii=False)
+    return written if len(written) <= most else written[:most] + " …"
 
 
 def _reservations(reports: Sequence[Report]) -> Iterable[str]:
@@ -196,10 +249,12 @@ def _reservations(reports: Sequence[Report]) -> Iterable[str]:
 
 
 def command_line(report: Report) -> str:
-    """The command of a run made on the command line, else its arguments as they are."""
+    """The command of a run made on the command line; empty where it was made in Python."""
     command, args = report.config.get("command"), report.config.get("args")
     if not isinstance(command, str) or not isinstance(args, Mapping):
-        return f"# {report.kind}: {json.dumps(dict(report.config), default=str)}"
+        return ""
+    if not any(args.get(name) for name in POSITIONAL):
+        return ""
     return f"mi-weightspace {command} " + " ".join(_options(args))
 
 

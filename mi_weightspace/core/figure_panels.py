@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mi_weightspace.core.figure_style import GREY, INK, PALETTE, axis, blank, label, top_margin
+from mi_weightspace.core.figure_style import (
+    GREY,
+    INK,
+    PALETTE,
+    axis,
+    blank,
+    label,
+    log_ticks,
+    top_margin,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +72,10 @@ def norms(
             own = rows.loc[(rows["stage"] == stage) & (rows["kind"] == kind)]
             place: dict[str, Any] = {"row": panel // columns + 1, "col": panel % columns + 1}
             _norm_lines(grid, own, str(stage), index, value, floor, place, panel == 0)
-    grid.update_yaxes(type="log", exponentformat="power", dtick=1, ticks="outside", showline=True)
+    sizes = [rows[value], *([rows[floor]] if floor is not None and floor in rows else [])]
+    ticks = log_ticks(np.concatenate([np.asarray(s, dtype=float) for s in sizes]), most=6)
+    grid.update_yaxes(**ticks, tickfont_size=12, ticks="outside", showline=True)
+    grid.update_annotations(font_size=13)
     for row in range(n_rows):
         grid.update_yaxes(title_text=axis(name, unit), title_font_size=12, row=row + 1, col=1)
     step = max(1, int(np.ceil((rows["layer"].max() if len(rows) else 1) / 8)))
@@ -100,7 +112,7 @@ def _norm_lines(
             line={"color": colour},
             marker={"size": 6},
             name=label(stage),
-            legendgroup=stage,
+            legendgroup=label(stage),
             showlegend=first,
             customdata=[label(s) for s in own["site"]],
             hovertemplate="%{customdata}: %{y:.3g}<extra></extra>",
@@ -116,7 +128,7 @@ def _norm_lines(
                 mode="lines",
                 line={"color": colour, "dash": "dot", "width": 1.5},
                 name=f"{label(stage)}: rounding floor",
-                legendgroup=f"{stage} floor",
+                legendgroup=f"{label(stage)} floor",
                 showlegend=first and bool(edge.notna().any()),
                 hovertemplate="rounding floor %{y:.3g}<extra></extra>",
             ),
@@ -135,33 +147,39 @@ def bars(
     highlight: ArrayLike | None = None,
     highlight_name: str = "confirmed",
     bar_name: str = "path attribution",
-    most: int = 24,
+    most: int = 16,
 ) -> go.Figure:
     """Horizontal bars, largest |value| first; `markers` are further readings of the same rows.
 
     For the path attribution: bars are shares, markers the single revert and the single addition,
-    `highlight` the confirmed carriers. Beyond `most` rows the rest is summed into one bar.
+    `highlight` the confirmed carriers. Rows beyond `most`, and rows below a five-hundredth of the
+    largest, are summed into one bar.
     """
     import plotly.graph_objects as go
 
     size = np.asarray(values, dtype=float)
     order = np.argsort(-np.abs(np.nan_to_num(size)), kind="stable")
-    kept, rest = order[:most], order[most:]
+    readings = np.stack([size, *(np.asarray(m, dtype=float) for m in (markers or {}).values())])
+    reach = np.abs(np.nan_to_num(readings)).max(axis=0)
+    visible = reach[order] >= reach.max(initial=0.0) / 500
+    visible[0:1] = True
+    kept = order[visible][:most]
+    rest = np.setdiff1d(order, kept)
     names = [label(labels[i]) for i in kept]
     shown = size[kept]
     marked = np.zeros(len(size), bool) if highlight is None else np.asarray(highlight, dtype=bool)
     colour = [PALETTE[1] if marked[i] else PALETTE[0] for i in kept]
     if len(rest):
-        names.append(f"{len(rest)} further rows, summed")
+        names.append(f"{len(rest)} more, summed")
         shown, colour = np.append(shown, np.nansum(size[rest])), [*colour, GREY]
-    figure = blank(title, height=170 + 24 * max(3, len(names)))
+    figure = blank(title, height=170 + 24 * max(5, len(names)))
     at = np.arange(len(names))
     figure.add_trace(
         go.Bar(
             x=shown,
             y=at,
             orientation="h",
-            marker_color=colour,
+            marker={"color": colour, "line_width": 0},
             name=label(bar_name),
             showlegend=False,
             customdata=names,

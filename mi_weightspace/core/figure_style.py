@@ -7,8 +7,9 @@ vision and in grey print. Labels come from data and are shown as text, whatever 
 from __future__ import annotations
 
 import html
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def axis(name: str, unit: str) -> str:
 
 
 def wrapped(title: str, width: int = 105) -> str:
-
+    """The title as escaped lines that fit the figure's width."""
     return "<br>".join(label(line) for line in textwrap.wrap(title, width)) or " "
 
 
@@ -58,7 +59,14 @@ def blank(title: str, *, height: int) -> go.Figure:
         template="plotly_white",
         width=WIDTH,
         height=height + 20 * wrapped(title).count("<br>"),
-        title={"text": wrapped(title), "x": 0.01, "y": 0.985, "yanchor": "top", "font_size": 15},
+        title={
+            "text": wrapped(title),
+            "x": 0.01,
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 12 + 18 * wrapped(title).count("<br>")},
+            "font_size": 15,
+        },
         margin={"l": 90, "r": 30, "t": top_margin(title), "b": 70},
         font={"family": "system-ui, 'DejaVu Sans', sans-serif", "size": 12, "color": INK},
         legend={"x": 1.02, "y": 1, "xanchor": "left", "yanchor": "top", "font_size": 12},
@@ -69,7 +77,7 @@ def blank(title: str, *, height: int) -> go.Figure:
     return figure
 
 
-def categories(labels: Sequence[object], *, most: int = 40) -> dict[str, Any]:
+def categories(labels: Sequence[object], *, most: int = 30) -> dict[str, Any]:
     """Ticks at 0, 1, … with escaped labels, thinned so that neighbours never touch."""
     step = max(1, -(-len(labels) // most))
     at = list(range(0, len(labels), step))
@@ -81,6 +89,36 @@ def categories(labels: Sequence[object], *, most: int = 40) -> dict[str, Any]:
         "ticktext": [label(labels[i]) for i in at],
         "tickangle": -60 if crowded else 0,
     }
+
+
+def log_ticks(values: Iterable[float], *, most: int = 8) -> dict[str, Any]:
+    """Range and ticks of a logarithmic axis: 1, 2, 5 of every decade, thinned to `most`."""
+    real = [float(v) for v in values if math.isfinite(v) and v > 0]
+    low, high = (min(real), max(real)) if real else (0.1, 10.0)
+    room = max(0.08, 0.06 * math.log10(high / low))
+    first, last = math.log10(low) - room, math.log10(high) + room
+    decades = range(math.floor(first), math.ceil(last) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        at = [m * 10.0**k for k in decades for m in steps]
+        at = [v for v in at if first <= math.log10(v) <= last]
+        if len(at) <= most:
+            break
+    at = at[:: max(1, -(-len(at) // most))] if at else [low]
+    return {
+        "type": "log",
+        "range": [first, last],
+        "tickmode": "array",
+        "tickvals": at,
+        "ticktext": [_power(v) for v in at],
+    }
+
+
+def _power(value: float) -> str:
+    if 1e-3 <= value < 1e4:
+        return f"{value:g}"
+    power = math.floor(math.log10(value) + 1e-9)
+    lead = round(value / 10.0**power)
+    return ("" if lead == 1 else f"{lead}·") + f"10<sup>{str(power).replace('-', '−')}</sup>"
 
 
 def legend_only(figure: go.Figure, text: str, *, dash: str, colour: str) -> None:

@@ -7,6 +7,7 @@ computed the page says so instead of leaving it out.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from mi_weightspace.core.report import Report
 from mi_weightspace.core.stats import binomial_interval
 from mi_weightspace.core.verdict import Word
-from mi_weightspace.page.markup import Frame, number
+from mi_weightspace.page.markup import Frame, number, probability
 
 N_NUMBERS = 3
+ALPHA = 0.05
 MEANING: dict[str, str] = {
     Word.WRITTEN_HERE: "this stage changed the direction more than every calibrated control "
     "allows, and this matrix is where the change is written",
@@ -37,7 +39,24 @@ MEANING: dict[str, str] = {
     Word.UNDERPOWERED: "too few controls or pairs to say either way; this is not a no",
     Word.AXIS_SPECIFIC: "the shift exceeds that of every control contrast",
     Word.NOT_AXIS_SPECIFIC: "control contrasts shift as much",
+    Word.LOAD_BEARING: "the behaviour changes when it is removed or added alone",
+    Word.NOT_LOAD_BEARING: "the behaviour does not change when it is removed or added alone",
+    Word.UNCONVERGED: "the computation stopped before its own criterion was met",
+    Word.NOT_DECOMPOSABLE: "the method does not apply to this matrix",
 }
+FOUND = frozenset(
+    {
+        Word.WRITTEN_HERE,
+        Word.READ_HERE,
+        Word.STAGE_DISTRIBUTED,
+        Word.ALIGNED,
+        Word.ALIGNED_NOT_SPECIFIC,
+        Word.ALIGNED_NO_CONTROLS,
+        Word.AXIS_SPECIFIC,
+        Word.LOAD_BEARING,
+    }
+)
+"""Words that report something; the others are answers too, and look quieter."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +71,25 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One training stage in the answer's table, every field ready to print."""
+
+    step: str
+    verdict: str
+    place: str
+    gate: str
+    behaviour: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """What the page says first.
 
     Attributes:
         verdict: the deciding word; `subject` what it is about; `meaning` the word in plain
-            language.
+            language; `found` whether it reports something.
         numbers: at most three.
-        lines: one sentence a stage, in order.
+        steps: one row a stage, in order.
     """
 
     question: str
@@ -67,10 +97,13 @@ class Answer:
     subject: str
     meaning: str
     numbers: tuple[Number, ...]
-    lines: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    found: bool = False
 
 
+_ORDER = ("attribution", "project", "gate", "dmu", "flip_rate", "check", "svd", "probe", "audit")
 _STRENGTH = (
+    Word.LOAD_BEARING,
     Word.WRITTEN_HERE,
     Word.READ_HERE,
     Word.STAGE_DISTRIBUTED,
@@ -80,6 +113,7 @@ _STRENGTH = (
     Word.AXIS_SPECIFIC,
     Word.ALIGNED_NUISANCE,
     Word.UNDERPOWERED,
+    Word.NOT_LOAD_BEARING,
     Word.NOT_AXIS_SPECIFIC,
     Word.UNRESOLVED,
     Word.NOT_SIGNIFICANT,
@@ -91,46 +125,56 @@ _STRENGTH = (
 def answer(reports: Sequence[Report], question: str = "") -> Answer:
     """The strongest report decides: attribution, else projection, else DMU, else the rest."""
     by_kind = {report.kind: report for report in reversed(reports)}
-    order = ("attribution", "project", "dmu", "check", "svd", "probe")
-    deciding = next((by_kind[k] for k in order if k in by_kind and by_kind[k].verdicts), None)
-    numbers = list(_numbers(by_kind))[:N_NUMBERS]
+    kinds = [*(k for k in _ORDER if k in by_kind), *(k for k in by_kind if k not in _ORDER)]
+    deciding = next((by_kind[k] for k in kinds if by_kind[k].verdicts), None)
+    numbers = tuple(_numbers(by_kind))[:N_NUMBERS]
     if deciding is None:
-        return Answer(
-            question, "no verdict", "", "these runs describe; none of them tests", tuple(numbers)
-        )
+        meaning = "these runs describe; none of them tests"
+        return Answer(question, "no verdict", "", meaning, numbers)
     ranked = sorted(
         deciding.verdicts,
         key=lambda v: _STRENGTH.index(v.word) if v.word in _STRENGTH else len(_STRENGTH),
     )
     best = ranked[0]
+    found = best.word in FOUND
+    subjects = [v.subject for v in ranked if v.word == best.word]
     return Answer(
         question,
         str(best.word),
-        best.subject,
-        MEANING.get(best.word, ""),
-        tuple(numbers),
-        tuple(_stage_lines(by_kind.get("attribution"))),
+        best.subject if found else ", ".join(dict.fromkeys(subjects[:3])),
+        MEANING[best.word],
+        numbers,
+        tuple(_steps(by_kind.get("attribution"))),
+        found,
     )
 
 
-def _stage_lines(report: Report | None) -> Iterable[str]:
-    if report is None or "stages" not in report.tables:
+def _steps(report: Report | None) -> Iterable[Step]:
+    stages = None if report is None else _extra(report, "stages")
+    if stages is None or "verdict" not in stages:
         return
-    for row in _extra(report, "stages").to_dict("records"):
-        place = f" in {row['written_sites']}" if row.get("written_sites") else ""
-        carrier = row.get("top_carrier")
-        carried = f"; largest share of the behaviour: {carrier}" if carrier else ""
-        gate = row.get("gate_p", float("nan"))
-        rank = f"; stage gate p = {number(gate)}" if _known(gate) else ""
-        yield f"{row['previous']} → {row['stage']}: {row['verdict']}{place}{rank}{carried}"
+    for row in stages.to_dict("records"):
+        change = row.get("readout_after", math.nan) - row.get("readout_before", math.nan)
+        behaviour = "not measured"
+        if _known(change):
+            behaviour = f"{number(change)} nats, most through {row['top_carrier']}"
+        yield Step(
+            f"{row['previous']} → {row['stage']}",
+            str(row["verdict"]),
+            str(row.get("written_sites") or "—"),
+            probability(row.get("gate_p")),
+            behaviour,
+        )
 
 
 def _numbers(by_kind: dict[str, Report]) -> Iterable[Number]:
     attribution = by_kind.get("attribution")
-    if attribution is not None and "stages" in attribution.tables:
-        yield from _gate_number(attribution)
-        yield from _site_number(attribution, stage=_top_stage(attribution))
-        yield from _path_number(attribution, stage=_top_stage(attribution))
+    if attribution is not None and _has(attribution, "stages", "gate_p", "gate_statistic"):
+        stage, passed = _top_stage(attribution)
+        yield from _gate_number(attribution, stage)
+        yield from _site_number(attribution, stage)
+        if passed:
+            yield from _path_number(attribution, stage)
     judged = attribution if attribution is not None else by_kind.get("project")
     if judged is not None:
         yield from _projection_numbers(judged.table)
@@ -142,8 +186,9 @@ def _numbers(by_kind: dict[str, Report]) -> Iterable[Number]:
         yield from _size_number(by_kind)
 
 
-def _main(report: Report) -> Frame:
-    return report.table
+def _has(report: Report, name: str, *columns: str) -> bool:
+    frame = report.tables.get(name)
+    return frame is not None and len(frame) > 0 and all(c in frame for c in columns)
 
 
 def _extra(report: Report, name: str) -> Frame:
@@ -152,7 +197,7 @@ def _extra(report: Report, name: str) -> Frame:
 
 
 def _known(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def exceedances(p: float, n_controls: int) -> str:
@@ -167,35 +212,37 @@ def exceedances(p: float, n_controls: int) -> str:
     )
 
 
-def _top_stage(report: Report) -> str:
-    """The stage with the smallest gate p, then the largest statistic."""
+def _top_stage(report: Report) -> tuple[str, bool]:
+    """The stage with the smallest gate p, then the largest statistic; whether its gate passes."""
     stages = _extra(report, "stages")
     ranked = stages.sort_values(["gate_p", "gate_statistic"], ascending=[True, False])
-    return str(ranked.iloc[0]["stage"])
+    top = ranked.iloc[0]
+    return str(top["stage"]), not _known(top["gate_p"]) or float(top["gate_p"]) <= ALPHA
 
 
-def _gate_number(report: Report) -> Iterable[Number]:
+def _gate_number(report: Report, stage: str) -> Iterable[Number]:
     stages = _extra(report, "stages")
-    row = stages[stages["stage"] == _top_stage(report)].iloc[0]
+    row = stages[stages["stage"] == stage].iloc[0]
     if not _known(row["gate_statistic"]):
         return
-    gate = _extra(report, "gate")
-    null = "largest control not stored"
-    if gate is not None and len(gate):
-        own = gate[gate["stage"] == row["stage"]]
-        null = f"largest control {number(float(own['control_max'].max()))}"
+    null = ""
+    if _has(report, "gate", "stage", "control_max"):
+        gate = _extra(report, "gate")
+        null = f", largest {number(float(gate[gate['stage'] == stage]['control_max'].max()))}"
     n = int(row["n_controls"])
     yield Number(
-        f"stage gate of {row['stage']}: change of the shift ‖DiD‖ / shift before ‖Δμ‖",
+        f"stage gate of {stage}: ‖change of the shift‖ / ‖shift before‖",
         number(float(row["gate_statistic"])),
-        f"n = {n} matched controls",
-        f"null: ranked among the controls, {null}; p = {number(float(row['gate_p']))}",
+        f"{n} matched controls",
+        f"rank among the controls{null}; p = {probability(float(row['gate_p']))}",
         exceedances(float(row["gate_p"]), n),
     )
 
 
-def _site_number(report: Report, *, stage: str) -> Iterable[Number]:
-    table = _main(report)
+def _site_number(report: Report, stage: str) -> Iterable[Number]:
+    table: Frame = report.table
+    if "G" not in table or "p_G" not in table:
+        return
     rows = table[(table["stage"] == stage) & table["G"].notna()]
     if not len(rows):
         return
@@ -206,13 +253,13 @@ def _site_number(report: Report, *, stage: str) -> Iterable[Number]:
     yield Number(
         f"site statistic G of {row['site']} at {stage}",
         number(float(row["G"])),
-        f"n = {n} matched controls, {n_tests} matrices",
-        f"null: max-T over all matrices of all stages; p = {number(float(row['p_G']))}",
+        f"{n} matched controls, {n_tests} matrices",
+        f"max-T rank over all matrices of all stages; p = {probability(float(row['p_G']))}",
         exceedances(float(row["p_G"]), n),
     )
 
 
-def _path_number(report: Report, *, stage: str) -> Iterable[Number]:
+def _path_number(report: Report, stage: str) -> Iterable[Number]:
     path = _extra(report, "path")
     if path is None or not len(path) or "n_prompts" not in path:
         return
@@ -224,13 +271,15 @@ def _path_number(report: Report, *, stage: str) -> Iterable[Number]:
     row = rows.loc[signed.idxmax()]
     readings = [float(row[c]) for c in ("path_share", "revert_effect", "add_effect")]
     readings = [r for r in readings if math.isfinite(r)]
-    spread = f"{number(min(readings))} to {number(max(readings))} over path, revert and add alone"
+    spread = (
+        f"{number(min(readings))} to {number(max(readings))} over path, reverted alone, added alone"
+    )
     yield Number(
-        f"{row['site']} in the path attribution of {stage}",
+        f"of the behaviour's change at {stage} runs through {row['site']}",
         f"{number(float(row['path_share']))} of {number(change)} nats",
-        f"n = {int(row['n_prompts'])} prompts, {len(rows)} matrices",
-        f"null: an equal share would be {number(change / len(rows))} nats; "
-        f"completeness error {number(100 * float(row['completeness_error']))} %",
+        f"{int(row['n_prompts'])} prompts, {len(rows)} matrices",
+        f"an equal share is {number(change / len(rows))} nats; "
+        f"completeness error {probability(100 * float(row['completeness_error']))} %",
         spread if len(readings) > 1 else "not confirmed by intervention",
     )
 
@@ -238,31 +287,30 @@ def _path_number(report: Report, *, stage: str) -> Iterable[Number]:
 def _projection_numbers(table: Frame) -> Iterable[Number]:
     if "R_lda" not in table or not len(table):
         return
-    if table["R_lda"].notna().any():
+    if table["R_lda"].notna().any() and "p_lda_rank" in table:
         row = table.sort_values(["p_lda_rank", "R_lda"], ascending=[True, False]).iloc[0]
-        n = int(row["n_controls"]) if _known(row["n_controls"]) else 0
+        n = int(row["n_controls"]) if _known(row.get("n_controls")) else 0
         yield Number(
             f"R of the LDA direction at {row['site']}, {row['stage']}",
             number(float(row["R_lda"])),
-            f"n = {n} controls, {table['site'].nunique()} matrices",
-            f"null: 1; max-T rank p = {number(float(row['p_lda_rank']))}",
+            f"{n} controls, {table['site'].nunique()} matrices",
+            f"1 by chance; max-T rank p = {probability(float(row['p_lda_rank']))}",
             exceedances(float(row["p_lda_rank"]), n),
         )
     row = table.loc[table["cosine"].abs().fillna(-1.0).idxmax()]
     if _known(row["cosine"]):
-        null = row.get("null_edge")
         yield Number(
             f"largest cosine, at {row['site']}, {row['stage']} (description only)",
             number(float(row["cosine"])),
-            f"n = {table['site'].nunique()} matrices",
-            f"null: noise edge of the singular value {number(null)}"
-            if _known(null)
-            else "null: none carries a verdict for a cosine",
+            f"{table['site'].nunique()} matrices",
+            "none: a cosine carries no verdict",
             "not computed",
         )
 
 
 def _dmu_number(table: Frame) -> Iterable[Number]:
+    if "rel_delta" not in table or "is_control" not in table:
+        return
     own = table[~table["is_control"].astype(bool)]
     own = own[own["rel_delta"].notna()]
     if not len(own):
@@ -270,11 +318,12 @@ def _dmu_number(table: Frame) -> Iterable[Number]:
     row = own.loc[own["rel_delta"].idxmax()]
     controls = table[table["is_control"].astype(bool) & (table["stage"] == row["stage"])]
     edge = number(float(controls["rel_delta"].max())) if len(controls) else "none"
+    where = row.get("point", row["layer"])
     yield Number(
-        f"largest relative shift of {row['contrast']}, at {row['stage']}, layer {row['layer']}",
+        f"largest relative shift of {row['contrast']}, at {row['stage']}, {where}",
         number(float(row["rel_delta"])),
-        f"n = {int(row['n'])} pairs",
-        f"null: sign flips, max over layers, p = {number(float(row['p_adjusted']))}; "
+        f"{int(row['n'])} pairs",
+        f"sign flips, max over layers, p = {probability(float(row['p_adjusted']))}; "
         f"largest control {edge}",
         f"95 % interval {number(float(row['ci_low']))} to {number(float(row['ci_high']))}",
     )
@@ -288,23 +337,23 @@ def _probe_number(table: Frame) -> Iterable[Number]:
     count = next((int(row[c]) for c in ("n_clusters", "n") if _known(row.get(c))), 0)
     p = next((row[c] for c in ("p_adjusted", "p") if _known(row.get(c))), None)
     yield Number(
-        f"held-out AUROC of the probe, best layer {row.get('layer', '')}",
+        f"held-out AUROC of the probe at its best place, {row.get('point', row.get('layer', ''))}",
         number(float(row["auroc"])),
-        f"n = {count} clusters",
-        f"null: 0.5, cluster permutation with max over layers, p = {number(p)}",
+        f"{count} clusters",
+        f"0.5; cluster permutation, max over layers, p = {probability(p)}",
         f"95 % interval {number(low)} to {number(high)}" if _known(low) else "not computed",
     )
 
 
 def _size_number(by_kind: dict[str, Report]) -> Iterable[Number]:
     if "check" in by_kind and "relative_change" in by_kind["check"].table:
-        table = _main(by_kind["check"])
+        table: Frame = by_kind["check"].table
         rows = table[table["relative_change"].notna()]
         for row in rows.to_dict("records"):
             yield Number(
                 f"relative change of the weights at {row['stage']}",
                 number(float(row["relative_change"])),
-                f"n = {int(row['n_matrices'])} matrices, {int(row['changed_matrices'])} changed",
-                "null: 0, identical weights",
+                f"{int(row['n_matrices'])} matrices, {int(row['changed_matrices'])} changed",
+                "0, identical weights",
                 "exact: every entry was read",
             )

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 MOST_ROWS = 150
+PRINTED_COLUMNS = 12
+"""The first columns fit on paper; the rest are shown on screen only."""
 Frame: TypeAlias = Any
 """A pandas DataFrame. Its own annotations do not survive masks and cells, so none are checked."""
 
@@ -47,17 +49,26 @@ def number(value: float | None) -> str:
     return f"{value:.1e}".replace("-", "−")
 
 
-def cell(value: Any) -> str:
+def probability(value: float | None) -> str:
+    """A p value to two significant digits."""
+    if value is None or not math.isfinite(value):
+        return "—"
+    return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}".replace("-", "−")
+
+
+def cell(value: Any, place: int = 0) -> str:
     """One table cell, with the sort key of numbers beside the rounded text."""
     import numpy as np
 
+    wide = " x" if place >= PRINTED_COLUMNS else ""
+
     if isinstance(value, bool | np.bool_):
-        return f'<td data-v="{int(value)}">{"yes" if value else "no"}</td>'
+        return f'<td class="b{wide}" data-v="{int(value)}">{"yes" if value else "no"}</td>'
     if isinstance(value, int | float | np.integer | np.floating):
         real = float(value)
         key = f"{real!r}" if math.isfinite(real) else ""
-        return f'<td class="n" data-v="{key}">{number(real)}</td>'
-    return f"<td>{text('' if value is None else value)}</td>"
+        return f'<td class="n{wide}" data-v="{key}">{number(real)}</td>'
+    return f'<td class="t{wide}">{text("" if value is None else value)}</td>'
 
 
 def table(view: TableView) -> str:
@@ -72,11 +83,12 @@ def table(view: TableView) -> str:
         )
     )
     head = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{text(c)}</button></th>'
-        for c in shown.columns
+        f'<th scope="col" aria-sort="none"{" class=x" if i >= PRINTED_COLUMNS else ""}>'
+        f'<button type="button">{text(c)}</button></th>'
+        for i, c in enumerate(shown.columns)
     )
     body = "".join(
-        "<tr>" + "".join(cell(v) for v in row) + "</tr>"
+        "<tr>" + "".join(cell(v, i) for i, v in enumerate(row)) + "</tr>"
         for row in shown.itertuples(index=False, name=None)
     )
     state = " open" if view.is_open else ""

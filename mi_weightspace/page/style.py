@@ -17,6 +17,10 @@ h3{font-size:16px;margin:26px 0 4px}
 p{margin:4px 0 10px;max-width:88ch}
 small,.soft{color:var(--soft)}
 nav{font-size:14px;margin:14px 0}
+nav div{margin:3px 0}
+nav b{margin-right:12px}
+figure{margin:14px 0 18px}
+figcaption{font-weight:600;max-width:100ch;overflow-wrap:anywhere}
 nav a{margin-right:16px}
 a{color:var(--blue)}
 .question{font-size:17px;margin:2px 0 14px}
@@ -26,21 +30,27 @@ a{color:var(--blue)}
   padding:12px 16px;min-width:0}
 .answer.found{border-left-color:var(--orange)}
 .answer .group{font-weight:600;color:var(--soft)}
-.verdict{font-size:22px;font-weight:650;margin:2px 0;overflow-wrap:anywhere}
-.subject{font-weight:600;overflow-wrap:anywhere}
-.numbers{display:grid;gap:10px;margin:10px 0 6px}
+.verdict{font-size:22px;font-weight:650;margin:2px 0 4px;overflow-wrap:anywhere}
+.verdict span{color:var(--soft);font-weight:400}
+.answer p{margin:2px 0 8px}
+.numbers{
+  display:grid;gap:8px;margin:8px 0;grid-template-columns:repeat(auto-fit,minmax(280px,1fr))}
 .number{background:var(--tint);border-radius:4px;padding:8px 12px;overflow-wrap:anywhere}
 .number b{font-size:20px;margin-right:8px}
 .number dl{margin:2px 0 0;font-size:13px;display:grid;grid-template-columns:auto 1fr;gap:0 8px}
 .number dt{color:var(--soft)}
 .number dd{margin:0}
-ul.stages{margin:6px 0 0;padding-left:18px;font-size:14px;overflow-wrap:anywhere}
+table.stages{width:100%;white-space:normal;font-size:13px}
+table.stages th{
+  position:static;background:none;padding:3px 9px 3px 0;font-weight:400;color:var(--soft)}
+table.stages td{padding:3px 9px 3px 0;vertical-align:top;overflow-wrap:break-word}
+table.stages td:nth-child(2),table.stages th{white-space:nowrap}
 .figure{width:1000px;max-width:100%;overflow-x:auto;margin:8px 0 4px}
 .scroll{overflow:auto;max-height:460px;border:1px solid var(--line);margin:6px 0 12px}
 table.words{white-space:normal}
 table{
   border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums;white-space:nowrap}
-th{position:sticky;top:0;background:var(--tint);text-align:left;padding:0}
+th{position:sticky;top:0;z-index:1;background:var(--tint);text-align:left;padding:0}
 th button{
   font:inherit;font-weight:600;border:0;background:none;padding:5px 9px;cursor:pointer;
   color:inherit;white-space:nowrap}
@@ -57,12 +67,15 @@ pre{
   overflow-wrap:anywhere}
 .reservations li{margin:3px 0;max-width:96ch}
 .none{color:var(--soft);font-style:italic}
-@page{size:A4 landscape;margin:11mm}
+@page{size:A4 landscape;margin:8mm}
 @media print{
 body{max-width:none;padding:0;font-size:12px}
 nav,.screen{display:none}
-h2{break-before:page;margin-top:0;border:0}
-.figure,.answer,.number{break-inside:avoid}
+h2{break-after:avoid;margin-top:24px}
+h2.first{break-before:page;margin-top:0;border:0}
+figure,.keep,.answer,.number,tr{break-inside:avoid}
+.x{display:none}
+th button::after{content:none !important}
 .scroll{max-height:none;overflow:visible;border:0}
 .figure{overflow:visible}
 table{font-size:9px}
@@ -70,7 +83,7 @@ td,th button{padding:2px 4px}
 th{position:static}
 .verdict{font-size:18px}
 .number b{font-size:16px}
-h3{break-after:avoid}
+h3,summary{break-after:avoid}
 }
 """
 

@@ -38,6 +38,7 @@ def attribution(*, found: bool, n_layers: int = 6, label: str = "authority") -> 
                         "site": site,
                         "layer": layer,
                         "kind": kind,
+                        "side": "write" if writes else "read",
                         "direction": f"{label}@resid_post.{layer}",
                         "cosine": 0.94 if hit else rng.normal(0, 0.1),
                         "R": 9.0 if hit else rng.uniform(0.6, 1.4),
@@ -78,6 +79,8 @@ def attribution(*, found: bool, n_layers: int = 6, label: str = "authority") -> 
             "n_controls": 99,
             "top_carrier": ["blocks.2.mlp.out", "blocks.1.attn.o"],
             "written_sites": ["blocks.2.mlp.out" if found else "", ""],
+            "readout_before": [-1.0, -0.95],
+            "readout_after": [1.7 if found else -0.95, -0.95],
             "verdict": [str(word), str(Word.NOT_SIGNIFICANT)],
         }
     )
@@ -98,6 +101,17 @@ def attribution(*, found: bool, n_layers: int = 6, label: str = "authority") -> 
             for i, point in enumerate(points)
         ]
     )
+    controls = pd.DataFrame(
+        [
+            {
+                **{k: row[k] for k in ("stage", "site", "layer", "side", "direction")},
+                "control": name,
+                "R_lda": row["R_lda"] if name == "" else rng.uniform(0.5, 2.0),
+            }
+            for row in rows
+            for name in ("", *(f"control-{i}" for i in range(19)))
+        ]
+    )
     verdicts = [
         Verdict(word, "sft / blocks.2.mlp.out" if found else "sft", {"gate_p": 0.01}),
         Verdict(Word.NOT_SIGNIFICANT, "dpo", {"gate_p": 0.61}, ("The prompts are synthetic.",)),
@@ -105,7 +119,7 @@ def attribution(*, found: bool, n_layers: int = 6, label: str = "authority") -> 
     return report(
         "attribution",
         pd.DataFrame(rows),
-        tables={"stages": stages, "gate": gate, "path": pd.DataFrame(path)},
+        tables={"stages": stages, "gate": gate, "path": pd.DataFrame(path), "controls": controls},
         verdicts=tuple(verdicts),
         config={"command": "attribute", "args": {"seed": 0}},
         inputs={"base": "a" * 16, "sft": "b" * 16},
@@ -117,11 +131,11 @@ def attribution(*, found: bool, n_layers: int = 6, label: str = "authority") -> 
 def dmu(*, found: bool, n_layers: int = 6, label: str = "authority") -> Report:
     rng = np.random.default_rng(10 + int(found))
     rows = []
-    for contrast in (label, "formality", *(f"control-{i}" for i in range(39))):
+    for contrast in (label, "formality", "neutral", *(f"control-{i}" for i in range(39))):
         control = contrast.startswith("control-")
         for stage in ("base", "sft", "dpo"):
             for layer in range(n_layers):
-                size = rng.uniform(0.05, 0.2)
+                size = rng.uniform(0.05, 0.2) * (0.1 if contrast == "neutral" else 1.0)
                 size += 0.5 if found and contrast == label and stage != "base" and layer > 1 else 0
                 p = 0.001 if size > 0.3 else rng.uniform(0.06, 1)
                 rows.append(
@@ -129,7 +143,11 @@ def dmu(*, found: bool, n_layers: int = 6, label: str = "authority") -> Report:
                         "stage": stage,
                         "contrast": contrast,
                         "is_control": control,
+                        "kind": "control"
+                        if control
+                        else ("null" if contrast == "neutral" else "target"),
                         "layer": layer,
+                        "point": f"resid_post.{layer}",
                         "n": 32,
                         "delta_norm": size * 12,
                         "rel_delta": size,
