@@ -39,7 +39,9 @@ def score_seed(name: str, seed: int, size: str, n_decoys: int) -> tuple[dict[str
     torch.set_num_threads(1)
     organism = organisms.build(name, size=size, seed=seed, progress=False)
     lineage = mw.Lineage(organism.stages)
-    prompts, readout = organism.contrasts, organism.readout
+    prompts = organism.contrasts
+    # the path attribution is scored where more than one matrix was trained
+    readout = organism.readout if "shares" in organism.truth else None
     acts, values = harvest_stages(lineage, prompts, readout=readout, progress=False)
     bank = probes.fit(
         acts["sft"], prompts, n_permutations=19, n_bootstrap=19, seed=seed, progress=False
@@ -53,11 +55,18 @@ def score_seed(name: str, seed: int, size: str, n_decoys: int) -> tuple[dict[str
         prompts=prompts,
         readout=readout,
         evidence=evidence,
+        updates=[
+            mw.svd(lineage.diff(a, b), seed=seed, compare_base=False, progress=False)
+            for a, b in lineage.steps
+        ],
+        n_null=199,
         seed=seed,
         progress=False,
     )
     row: dict[str, Any] = {"organism": name, "seed": seed, "size": size}
-    row |= {f"readout_{s}": values[s] for s in lineage.stages}
+    row |= {f"readout_{s}": value for s, value in values.items()}
+    row |= {"cpu_seconds": organism.truth["cpu_seconds"]}
+    row |= {f"rate_{s}": rates["R4"] for s, rates in organism.truth["rates"].items()}
     row |= _words(report, organism.truth)
     row |= _carriers(report, organism.truth, seed)
     decoys = _decoys(organism, lineage, acts, seed, n_decoys) if n_decoys else []
@@ -149,6 +158,18 @@ def _decoy(chosen: ContrastSet, acts: dict[str, Any], lineage: mw.Lineage) -> di
     }
 
 
+def kept_seed(name: str, seed: int, size: str, n_decoys: int, out: Path) -> tuple[Any, Any]:
+    """`score_seed`, its result kept in a file: an interrupted run goes on where it was."""
+    file = out / "seeds" / f"{name}-{size}-{seed}.json"
+    if not file.is_file():
+        found = score_seed(name, seed, size, n_decoys)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(found, default=float))
+        partial.replace(file)
+    return tuple(json.loads(file.read_text()))
+
+
 def rate(k: int, n: int) -> str:
     low, high = binomial_interval(k, n)
     return f"{k}/{n} [{low:.2f}, {high:.2f}]"
@@ -208,9 +229,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     first, end = map(int, options.seeds.split(":"))
-    jobs = [(n, s) for n in options.organisms.split(",") for s in range(first, end)]
+    jobs = [(n, s) for s in range(first, end) for n in options.organisms.split(",")]
     results = Parallel(n_jobs=options.jobs, verbose=5)(
-        delayed(score_seed)(n, s, options.size, options.decoys if n == "deference" else 0)
+        delayed(kept_seed)(
+            n, s, options.size, options.decoys if n == "deference" else 0, options.out
+        )
         for n, s in jobs
     )
     scores = pd.DataFrame([row for row, _ in results])

@@ -29,12 +29,15 @@ from mi_weightspace.core.site import Side
 from mi_weightspace.core.stats import isotropic_cosine_p, rank_p
 from mi_weightspace.models.weights import WeightSource
 from mi_weightspace.spectral.decompose import folded
-from mi_weightspace.spectral.gate import mean_shifts
 from mi_weightspace.spectral.krylov import leading_triplets
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
-NAMED_ENERGY = 0.5
-"""A component is named for a change when it alone holds this share of the change's energy."""
+NAMED_ENERGY = 2 / 3
+"""Components are named for a change when they hold this share of the change of the single pairs.
+
+Of the pairs, not of their mean: where each item changes in its own way (copying what the item
+says), one vector may hold the mean and still be no account of the change.
+"""
 N_REFERENCE = 199
 
 
@@ -136,7 +139,7 @@ def _stage_values(row: Row, evidence: StageEvidence | None) -> None:
 
 
 def _named(row: Row, evidence: StageEvidence) -> dict[str, Any]:
-    """Cosine of u₁ with the stage's change DiD, and how many components hold half of it.
+    """Cosine of u₁ with the stage's change DiD, and how many components hold the pairs' change.
 
     ``named_k``: 1 where one component may be named, k for a subspace, 0 where none holds it.
     """
@@ -144,18 +147,21 @@ def _named(row: Row, evidence: StageEvidence) -> dict[str, Any]:
     before = evidence.activations[stages[stages.index(row.parts.stage) - 1]]
     after = evidence.activations[row.parts.stage]
     point = row.parts.site.writes
-    did = mean_shifts(after, [evidence.target], point)[0]
-    did = did - mean_shifts(before, [evidence.target], point)[0]
+    pairs = (
+        after.differences(evidence.target, point).double()
+        - before.differences(evidence.target, point).double()
+    )
+    did = pairs.mean(0)
     if not float(did.norm()) or len(row.parts) == 0:
         return {}
-    held = (row.parts.write.double() @ (did / did.norm())).square().cumsum(0)
+    held = (pairs @ row.parts.write.double().T).square().sum(0).cumsum(0) / pairs.square().sum()
     block = [int(b) for b in str(row.parts.facts.get("block") or "").split(",") if b]
     block = block or list(range(len(held)))
     # inside a block of near-equal singular values no single vector is identified
     ends = [k for k in range(1, len(held) + 1) if k == len(held) or block[k] != block[k - 1]]
     reached = [k for k in ends if float(held[k - 1]) >= NAMED_ENERGY]
     return {
-        "did_cosine": float(held[0].sqrt()),
+        "did_cosine": cosine(row.parts.write[0], did),
         "did_energy": float(held[-1]),
         "named_k": reached[0] if reached else 0,
     }

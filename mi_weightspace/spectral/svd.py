@@ -202,7 +202,8 @@ def report_of(
         own, residual = dict(parts.facts), parts.facts.get("residual", [])
         own.pop("residual", None)
         head = _head(parts)
-        sites.append(head | {"method": parts.method} | own)
+        # a journal keeps facts in another order: columns must not depend on it
+        sites.append(head | {"method": parts.method} | {k: own[k] for k in sorted(own)})
         arrays |= {
             f"{parts.stage}/{parts.site.name}/{k}": getattr(parts, k)
             for k in ("read", "write", "scale")
