@@ -141,7 +141,7 @@ def _contents(groups: Sequence[tuple[str, Sequence[Section]]]) -> str:
             for place, section in enumerate(found)
         )
         head = f"<b>{text(name)}</b>" if name else ""
-        end = f'<a href="#g{index}end">Reservations and provenance</a>'
+        end = f'<a href="#g{index}end">Reservations</a>'
         lines.append(f"<div>{head}{links}{end}</div>")
     return f'<nav>{"".join(lines)}<div><a href="#again">Run it again</a></div></nav>'
 

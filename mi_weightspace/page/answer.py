@@ -157,7 +157,9 @@ def _steps(report: Report | None) -> Iterable[Step]:
         change = row.get("readout_after", math.nan) - row.get("readout_before", math.nan)
         behaviour = "not measured"
         if _known(change):
-            behaviour = f"{number(change)} nats, most through {row['top_carrier']}"
+            behaviour = f"{number(change)} nats"
+            if change and row.get("top_carrier"):
+                behaviour += f", most through {row['top_carrier']}"
         yield Step(
             f"{row['previous']} → {row['stage']}",
             str(row["verdict"]),

@@ -188,6 +188,7 @@ def test_the_numbers_are_those_of_the_reports() -> None:
     assert [s.step for s in given.steps] == ["base → sft", "sft → dpo"]
     assert [s.gate for s in given.steps] == ["0.01", "0.61"]
     assert given.steps[0].behaviour == "2.70 nats, most through blocks.2.mlp.out"
+    assert given.steps[1].behaviour == "0 nats"
 
 
 @quick
