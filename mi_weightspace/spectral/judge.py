@@ -14,6 +14,7 @@ from mi_weightspace.core.verdict import Verdict, Word
 from mi_weightspace.spectral.measure import Row
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
+GONE = "The matrix is gone: cosines describe, nothing is tested."
 ALIGNED_RATES = "accepted in 1 of 4 innocent later stages and 1 of 12 null stages (12 seeds)"
 
 
@@ -55,7 +56,7 @@ def judge(row: Row, evidence: StageEvidence | None, alpha: float) -> Verdict:
     subject = f"{values['stage']} / {values['site']} / {row.direction.label}"
     if word == Word.WRITTEN_HERE and values.get("named_k", 1) != 1:
         k = values["named_k"]
-        subject += f" (subspace, {k})" if k else " (no leading subspace holds half of the change)"
+        subject += f" (subspace, {k})" if k else " (no leading subspace holds the change)"
     numbers = ("stage_gate_p", "G", "p_G", "R", "R_lda", "p_lda_rank", "p_sign", "cosine")
     kept = {k: values[k] for k in (*numbers, "n_controls") if k in values}
     return Verdict(word, subject, kept, reservations)
@@ -71,6 +72,8 @@ def _run_word(
     values: Mapping[str, Any], evidence: StageEvidence | None, alpha: float
 ) -> tuple[Word, tuple[str, ...]]:
     assert evidence is not None
+    if "R" not in values:
+        return Word.NOT_SIGNIFICANT, (GONE,)
     if evidence.smallest_p > alpha:
         n = evidence.n_controls
         text = f"{n} controls cannot reach p = {alpha:g}; at least {math.ceil(1 / alpha) - 1} can."
@@ -85,7 +88,7 @@ def _run_word(
 def _weights_word(values: Mapping[str, Any], alpha: float) -> tuple[Word, tuple[str, ...]]:
     """The words open to weights and a stored direction; the strongest is `aligned`."""
     if "R" not in values:
-        return Word.NOT_SIGNIFICANT, ("The matrix is gone: cosines describe, nothing is tested.",)
+        return Word.NOT_SIGNIFICANT, (GONE,)
     signs = values["p_sign"] <= alpha and values["p_row_normalised"] <= alpha
     rank = values.get("p_lda_rank", math.nan)
     if math.isnan(rank):

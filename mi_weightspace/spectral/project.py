@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.components import Components
+from mi_weightspace.core.components import Components, SourceRef
 from mi_weightspace.core.contrasts import ContrastSet
 from mi_weightspace.core.direction import RAW_CONVENTION, Direction
 from mi_weightspace.core.errors import DirectionError, MismatchError, WeightspaceError
@@ -139,6 +139,7 @@ def project(
 
     Raises:
         DirectionError: a wrong width, a processed convention, or no direction that fits a site.
+        MismatchError: the checkpoints are not those that were decomposed.
     """
     from rich.progress import track
 
@@ -188,15 +189,23 @@ class _Sources:
         self.missing: dict[str, str] = {}
         for report in reports:
             self._live |= report.live
+        self._lineage: dict[str, WeightSource] = {}
         if lineage is not None:
-            self._live |= {after: lineage.diff(before, after) for before, after in lineage.steps}
+            self._lineage = {after: lineage.diff(before, after) for before, after in lineage.steps}
+        self._checked: set[tuple[str, SourceRef | None]] = set()
         self._unembedding: dict[str, Tensor] = {}
 
     def __call__(self, parts: Components) -> WeightSource | None:
         stage = parts.stage
         if stage not in self._live and stage not in self.missing:
-            self._reopen(parts)
-        return self._live.get(stage)
+            found = self._lineage[stage] if stage in self._lineage else self._reopen(parts)
+            if found is not None:
+                self._live[stage] = found
+        found = self._live.get(stage)
+        if found is not None and (stage, parts.source) not in self._checked:
+            _same_weights(found, parts.source)
+            self._checked.add((stage, parts.source))
+        return found
 
     def unembedding_mean(self, stage: str) -> Float[Tensor, " d_model"]:
         """Mean unembedding row of the stage before, a direction every logit shares."""
@@ -206,28 +215,38 @@ class _Sources:
             self._unembedding[stage] = base.weight("unembed").mean(0).cpu()
         return self._unembedding[stage]
 
-    def _reopen(self, parts: Components) -> None:
+    def _reopen(self, parts: Components) -> WeightSource | None:
         ref = parts.source
-        if ref is None or not ref.before:
+        if ref is None:
             self.missing[parts.stage] = "the components carry no reference to their checkpoints"
-            return
+            return None
         try:
-            found = Difference(open_path(ref.before), open_path(ref.after), stage=parts.stage)
+            after = open_path(ref.after)
+            return Difference(open_path(ref.before), after, parts.stage) if ref.before else after
         except WeightspaceError as error:
             self.missing[parts.stage] = f"the checkpoints are gone ({error.subject})"
-            return
-        for source, expected in (
-            (found.before, ref.before_hash),
-            (found.after, ref.after_hash),
-        ):
-            if source.fingerprint != expected:
-                raise MismatchError(
-                    f"checkpoint {source.name}",
-                    given=f"fingerprint {source.fingerprint}",
-                    expected=f"{expected}, of the weights that were decomposed",
-                    remedy="The weights changed since; run svd again.",
-                )
-        self._live[parts.stage] = found
+            return None
+
+
+def _same_weights(found: WeightSource, ref: SourceRef | None) -> None:
+    """Refuse weights other than those that were decomposed.
+
+    Raises:
+        MismatchError: a fingerprint differs.
+    """
+    if ref is None:
+        return
+    pairs = [(found, ref.after_hash)]
+    if isinstance(found, Difference):
+        pairs = [(found.before, ref.before_hash), (found.after, ref.after_hash)]
+    for source, expected in pairs:
+        if source.fingerprint != expected:
+            raise MismatchError(
+                f"checkpoint {source.name}",
+                given=f"fingerprint {source.fingerprint}",
+                expected=f"{expected}, of the weights that were decomposed",
+                remedy="The weights changed since: run svd again. Two stages need two names.",
+            )
 
 
 _COLUMNS = (

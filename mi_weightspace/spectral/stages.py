@@ -121,7 +121,14 @@ def attribute_stages(
             for a, b in lineage.steps
         ]
     projected = project(
-        updates, direction, evidence=evidence, n_null=n_null, alpha=alpha, seed=seed
+        updates,
+        direction,
+        lineage,
+        evidence=evidence,
+        n_null=n_null,
+        alpha=alpha,
+        seed=seed,
+        progress=progress,
     )
     paths: dict[str, PathAttribution] = {}
     if readout is not None:
@@ -135,6 +142,7 @@ def attribute_stages(
     tables = {
         "stages": stages,
         "components": projected.tables["components"],
+        "controls": projected.tables["controls"],
         "path": _path_table(paths),
         "gate": _gate_table(evidence),
     }
