@@ -12,14 +12,25 @@ ALPHA = 0.05
 CELLS = (("A", 0.5), ("A", 0.9), ("B", 0.5), ("B", 0.9))
 UNIFORM = (0.03, 0.07)
 RULES = {
-    "shipped": "**evidence rule as shipped: word `aligned`**",
-    "methods": "LDA-R rank, row-normalised sign, resolved, not red (no nuisance veto)",
-    "mended": "**evidence rule, vetoes on the row-normalised vector**",
-    "run": "**stages run: word `written here`**",
-    "run_mended": "**stages run, resolved on the row-normalised vector**",
+    "shipped": "**evidence rule as shipped** (`aligned`)",
+    "methods": "evidence rule without the nuisance veto",
+    "mended": "**evidence rule, vetoes on the tested vector**",
+    "run": "**stages run, as shipped** (`written here`)",
+    "run_mended": "**stages run, vetoes on the tested vector**",
 }
+DEFINITIONS = (
+    "- *evidence rule as shipped*: LDA-R rank among controls and row-normalised sign test, both at "
+    "the level; u₁ of D resolved; rounding flag not red; no nuisance direction (activation mean "
+    "or component, control contrast) closer to u₁ of D than the probe is.",
+    "- *without the nuisance veto*: the same less the last condition.",
+    "- *vetoes on the tested vector*: the same tests; resolved is asked of the first vector of the "
+    "row-normalised D, which the sign test is about, and so is the nuisance comparison, with the "
+    "probe's LDA filter against the nuisances and the controls' filters.",
+    "- *stages run*: stage gate and G, both at the level; u₁ of D (or of the row-normalised D) "
+    "resolved; flag not red.",
+)
 TESTS = {
-    "cos": "|cos(u₁, w)| > 0.9",
+    "cos": "cosine of u₁ and w above 0.9",
     "p_isotropic": "isotropic",
     "p_covariance": "covariance-matched",
     "p_permutation": "label permutation",
@@ -145,6 +156,8 @@ def report(journal: Path) -> str:
         "    python -m experiments.null_calibration --preset full --out runs/nulls",
         "",
         "## The rules, in their worst cell",
+        "",
+        *DEFINITIONS,
         "",
         *summary(found),
         "",
