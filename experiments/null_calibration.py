@@ -17,8 +17,8 @@ three rogue coordinates hold most of the activation variance *and* are loud in t
   confounded one also a shared shift, twice as large), and another matrix's change of the same make,
   without structure, adds to what the stage changed.
 
-Everything tested comes out of the library's own `decompose`, `measure`, `stage_gate`,
-`site_statistic`, `rank` and `judge`; only label permutation and the raw-cosine rank are done here.
+Everything tested comes out of the library's own `decompose`, `measure`, `stage_evidence`,
+`rank` and `judge`; only label permutation and the raw-cosine rank are done here.
 Every draw is a line of ``draws.jsonl``; a run that was interrupted goes on where it stopped.
 """
 
@@ -28,7 +28,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,13 @@ from mi_weightspace.core.contrasts import Contrast, ContrastSet, Pair
 from mi_weightspace.core.evidence import cosine, row_normalised
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.stats import rank_p
-from mi_weightspace.models.weights import Difference
+from mi_weightspace.models.weights import Difference, WeightSource
 from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, SvdSettings, decompose
-from mi_weightspace.spectral.gate import site_p, site_statistic, stage_gate
 from mi_weightspace.spectral.judge import judge, rank
 from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
 from mi_weightspace.spectral.measure import Row, measure
 from mi_weightspace.spectral.rounding import flip_signs
-from mi_weightspace.spectral.stage_evidence import StageEvidence
+from mi_weightspace.spectral.stage_evidence import StageEvidence, stage_evidence
 
 ALPHA = 0.05
 N_NULL = 199
@@ -74,6 +73,21 @@ def contrast_set() -> ContrastSet:
     pair = (Pair("item", "+", "-"),)
     controls = (Contrast(f"control {i}", "control", pair) for i in range(N_CONTROLS))
     return ContrastSet("simulated", (Contrast("target", "target", pair), *controls))
+
+
+@dataclass(frozen=True, eq=False)
+class TwoStages:
+    """What `stage_evidence` asks of a lineage whose activations are at hand."""
+
+    difference: Difference
+    stages: tuple[str, str] = ("base", "tuned")
+
+    @property
+    def steps(self) -> list[tuple[str, str]]:
+        return [self.stages]
+
+    def source(self, stage: str) -> WeightSource:
+        return self.difference.before if stage == "base" else self.difference.after
 
 
 def stages_run(
@@ -112,18 +126,8 @@ def stages_run(
         )
         for stage, pooled in (("base", means), ("tuned", after))
     }
-    gate = stage_gate(stages["base"], stages["tuned"], "target")
-    found = site_statistic(matrix, where, stages["base"], stages["tuned"], names)
-    key = ("tuned", where.name)
-    return StageEvidence(
-        target="target",
-        gates={"tuned": gate},
-        g={key: float(found[0])},
-        p_g={key: float(site_p(found[:1], found[1:, None])[0])},
-        readout={},
-        activations=stages,
-        n_controls=N_CONTROLS,
-    )
+    lineage: Any = TwoStages(source)
+    return stage_evidence(lineage, contrasts, target="target", activations=stages)
 
 
 # ---- one draw ------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ DEFINITIONS = (
     "- *vetoes on the tested vector*: the same tests; resolved is asked of the first vector of the "
     "row-normalised D, which the sign test is about, and so is the nuisance comparison, with the "
     "probe's LDA filter against the nuisances and the controls' filters.",
-    "- *stages run*: stage gate and G, both at the level; u₁ of D (or of the row-normalised D) "
-    "resolved; flag not red.",
+    "- *stages run*: stage gate and G as `stage_evidence` gives them, both at the level; u₁ of D "
+    "(mended: of the row-normalised D) resolved; flag not red.",
 )
 TESTS = {
     "cos": "cosine of u₁ and w above 0.9",
