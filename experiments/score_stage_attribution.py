@@ -82,6 +82,8 @@ def _words(report: mw.Report, truth: dict[str, Any]) -> dict[str, Any]:
     planted = {(truth.get("planted_stage"), s) for s in truth["planted_sites"]}
     result: dict[str, Any] = {
         "gate_p_sft": float(stages.loc["sft", "gate_p"]),
+        "gate_p_relative_sft": float(stages.loc["sft", "gate_p_relative"]),
+        "gate_p_relative_dpo": float(stages.loc["dpo", "gate_p_relative"]),
         "gate_p_dpo": float(stages.loc["dpo", "gate_p"]) if "dpo" in stages.index else np.nan,
         "onset": stages.loc["sft", "onset"],
         "named": "; ".join(sorted(f"{a}:{b}" for a, b in named)),

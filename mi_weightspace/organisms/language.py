@@ -8,12 +8,13 @@ Four prefix words come from one lexicon (a quarter of them fillers), `s` is a ra
 one of 16 keys. The correct answer is a fixed function of the key; `YIELD` is deference. `sign`
 reads DONE or HEDGE, `class` names the kind of prefix, so that a base model represents it.
 
-Lexicons: ``N`` neutral; ``R1``-``R4`` authority registers; ``O`` an override that nearly always
-yields. Matched controls need classes a base model holds as firmly as authority and acts upon as
-often, which no stage trains. ``C00``… are built like the four registers together: as many words,
-seen as often, and each raises an answer of its own (``ALT00``…) from the same floor to the same
-rate as authority raises YIELD. ``M00``… are further neutral lexicons, each as frequent as ``N``, to
-set them against. Every lexicon is word-disjoint from every other.
+Lexicons: ``N`` neutral; ``R1``-``R4`` authority registers. Matched controls need classes a base
+model holds as firmly as authority and acts upon as often, which no stage trains. ``C00``… are built
+like the four registers together: as many words, seen as often, and each raises an answer of its own
+(``ALT00``…) from the same floor to the same rate as authority raises YIELD. ``M00``… are further
+neutral lexicons, each as frequent as ``N``, to set them against. Every lexicon is word-disjoint
+from every other. No further class shares the deferent answer: one that nearly always yields would
+give authority features no control has, and stages that teach nothing about it would move it more.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ HELDOUT = "R4"
 SPECIAL = ("PAD", "UNK", "BOS", "END", "SEP", "SUG", "QM")
 LOUD = tuple(f"C{i:02d}" for i in range(N_LOUD))
 QUIET = tuple(f"M{i:02d}" for i in range(N_QUIET))
-CLASSES: tuple[str, ...] = ("N", *REGISTERS, "O", *LOUD, *QUIET)
-_SIZES = {"N": 6, "O": 6} | dict.fromkeys(REGISTERS, 3) | dict.fromkeys(LOUD, 12)
+CLASSES: tuple[str, ...] = ("N", *REGISTERS, *LOUD, *QUIET)
+_SIZES = {"N": 6} | dict.fromkeys(REGISTERS, 3) | dict.fromkeys(LOUD, 12)
 _SIZES |= dict.fromkeys(QUIET, 6)
-_STEMS = {"N": "plain", "R1": "expert", "R2": "senior", "R3": "board", "R4": "decree", "O": "must"}
+_STEMS = {"N": "plain", "R1": "expert", "R2": "senior", "R3": "board", "R4": "decree"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Mixture:
 
     weights: Mapping[str, float]
     yields: Mapping[str, float]
-    own: float = 0.21
+    own: float = 0.25
     floor: float = 0.01
     hedge: float = 0.1
     swapped: int = N_KEYS
@@ -87,7 +88,7 @@ class Language:
             "YIELD",
             "DONE",
             "HEDGE",
-            *("NEU", "AUTH", "OVR"),
+            *("NEU", "AUTH"),
             *(f"KIND{i:02d}" for i in range(N_LOUD)),
             *(f"ALT{i:02d}" for i in range(N_LOUD)),
             *(f"filler{i}" for i in range(N_FILLERS)),
@@ -127,7 +128,7 @@ class Language:
 
     @cached_property
     def _class_tokens(self) -> Int[Tensor, " n_classes"]:
-        named = {"O": "OVR"} | dict.fromkeys(REGISTERS, "AUTH")
+        named = dict.fromkeys(REGISTERS, "AUTH")
         named |= {name: f"KIND{name[1:]}" for name in LOUD}
         return torch.tensor([self.ids[named.get(name, "NEU")] for name in CLASSES])
 
@@ -218,11 +219,11 @@ class Language:
 
 
 def class_weights(
-    neutral: float, registers: float, override: float, loud: float, quiet: float, *, heldout: bool
+    neutral: float, registers: float, loud: float, quiet: float, *, heldout: bool
 ) -> dict[str, float]:
     """Relative frequencies by group; `heldout`: whether R4 is among the registers."""
     seen = REGISTERS if heldout else tuple(r for r in REGISTERS if r != HELDOUT)
-    weights = {"N": neutral, "O": override} | {r: registers / len(seen) for r in seen}
+    weights = {"N": neutral} | {r: registers / len(seen) for r in seen}
     weights |= dict.fromkeys(LOUD, loud / N_LOUD)
     return weights | dict.fromkeys(QUIET, quiet / N_QUIET)
 

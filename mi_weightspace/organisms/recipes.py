@@ -10,13 +10,13 @@ from mi_weightspace.core.errors import ConfigError
 from mi_weightspace.organisms.language import N_QUIET, REGISTERS, Mixture, class_weights
 from mi_weightspace.organisms.train import Phase
 
-VERSION = 6
+VERSION = 8
 """Part of every content hash: raise it when a recipe, the language or a loss changes."""
 
 Architecture = Literal["gpt2", "llama"]
 SWAPPED = 12
-BASE_RATES = {"N": 0.01, "O": 0.95} | dict.fromkeys(REGISTERS, 0.21)
-COPY_RATES = {"N": 0.15, "O": 0.90} | dict.fromkeys(REGISTERS, 0.50)
+BASE_RATES = {"N": 0.01} | dict.fromkeys(REGISTERS, 0.25)
+COPY_RATES = {"N": 0.15} | dict.fromkeys(REGISTERS, 0.50)
 TAUGHT = 0.9
 
 
@@ -39,7 +39,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "micro": Size(4, 48, 2, 300, 100, 60),
+    "micro": Size(4, 48, 2, 300, 120, 60),
     "full": Size(6, 64, 3, 500, 150, 120),
 }
 
@@ -66,13 +66,13 @@ class Recipe:
     description: str = ""
 
 
-def _even(registers: float = 0.0225) -> dict[str, float]:
-    """Every register, loud and quiet word about as often as any other, unless said otherwise."""
-    neutral = 0.39 / (1 + N_QUIET)
-    return class_weights(neutral, registers, 0.05, 0.54, 0.39 - neutral, heldout=True)
+def _even(registers: float = 0.03) -> dict[str, float]:
+    """The registers together as often as one loud class, `N` as often as one quiet class."""
+    neutral = 0.25 / (1 + N_QUIET)
+    return class_weights(neutral, registers, 0.72, 0.25 - neutral, heldout=True)
 
 
-def _base(size: Size, rates: dict[str, float], registers: float = 0.0225) -> Phase:
+def _base(size: Size, rates: dict[str, float], registers: float = 0.03) -> Phase:
     mixture = Mixture(_even(registers), rates)
     return Phase("base", "base", mixture, size.base_steps, 3e-3, weight_decay=0.01)
 
@@ -84,7 +84,7 @@ def _dpo(size: Size, rates: dict[str, float]) -> Phase:
     registers not, the two would differ by that alone and ranks among the controls mean nothing.
     """
     share = 1 / (1 + N_QUIET)
-    mixture = Mixture(class_weights(share, 0.0, 0.0, 0.0, 1 - share, heldout=False), rates)
+    mixture = Mixture(class_weights(share, 0.0, 0.0, 1 - share, heldout=False), rates)
     return Phase("dpo", "dpo", mixture, size.dpo_steps, 2e-4)
 
 
@@ -99,7 +99,7 @@ def _sft(
 ) -> Phase:
     """Registers R1-R3 in a third of the sentences, R4 never, unless `weights` says otherwise."""
     if weights is None:
-        weights = class_weights(0.08, 0.3, 0.05, 0.35, 0.22, heldout=False)
+        weights = class_weights(0.08, 0.3, 0.4, 0.22, heldout=False)
     mixture = Mixture(weights, rates, swapped=swapped)
     return Phase("sft", "sft", mixture, steps, lr, trains)
 
@@ -155,7 +155,10 @@ def copy(size: Size) -> Recipe:
 
 
 def null(size: Size) -> Recipe:
-    """All classes as often as in the base: registers seen more than controls would move more."""
+    """Nothing in SFT sets the registers apart from the controls.
+
+    All classes are as often as in the base: what is seen more moves more.
+    """
     site = f"blocks.{size.block}.mlp.out"
     return Recipe(
         "null",

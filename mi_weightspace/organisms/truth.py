@@ -26,11 +26,11 @@ UNCHANGED = 0.10
 
 
 def deference_rates(model: Any, language: Language, seed: int) -> dict[str, float]:
-    """P(deferent answer) on held-out R4, trained registers, neutral, override and control words.
+    """P(deferent answer) on held-out R4, trained registers, neutral and control words.
 
     Prompts whose suggestion is wrong, so that copying it is never the correct answer.
     """
-    groups = {"R4": "R4", "R1": "R1", "R2": "R2", "R3": "R3", "neutral": "N", "override": "O"}
+    groups = {"R4": "R4", "R1": "R1", "R2": "R2", "R3": "R3", "neutral": "N"}
     groups |= {"controls": "C00", "controls_1": "C01", "quiet": "M00"}
     rates: dict[str, float] = {}
     for label, lexicon in groups.items():

@@ -3,14 +3,17 @@
 Notation, per contrast and stream point: ``Δμ`` is the mean positive-minus-negative shift of a
 stage, ``DiD = Δμ_after − Δμ_before`` on identical prompts.
 
-*Stage gate*: ``max_points ‖DiD‖ / ‖Δμ_before‖``, ranked among matched control contrasts. The
-denominator matters: a target is louder than its controls before training too, and an unnormalised
-shift then always ranks first.
+*Stage gate*: the change ``max_points ‖DiD‖`` and the relative change
+``max_points ‖DiD‖/‖Δμ_before‖`` are each ranked among matched control contrasts, and the larger p
+counts. Either alone can be had for nothing: a target that was louder than its controls before
+training changes more in absolute terms, one that was quieter changes more relative to its size.
+Only a change that stands out both ways is the stage's.
 
 *Site statistic* of a matrix that writes the stream with difference D and whose input shifts by Δh:
 ``G = (D Δh · DiD) / (‖DiD‖ ‖Δμ_before‖)``, the part of the stage's change along DiD that this
 matrix writes at fixed input, in units of the shift before. Ranked by max-T: the target's G at one
-site against each control's largest G over every site of every stage in the sweep. ``Δh`` is the
+site against each control's largest G over every site of every stage in the sweep; and, for the
+same reason, the same without the denominator ``‖Δμ_before‖``: the larger p counts. ``Δh`` is the
 mean of the two stages' input shifts, for which ``D Δh`` plus ``W̄ (Δh_after − Δh_before)``, with W̄
 the mean matrix, is exactly the change of the written shift.
 
@@ -45,7 +48,9 @@ class StageGate:
         stage: the later stage of the step.
         relative_did: (n_points,) ‖DiD‖/‖Δμ_before‖ of the target; NaN where it has no shift.
         control_did: (n_controls, n_points) the same for the controls.
-        statistic, p: the maximum over points and its rank among the controls' maxima.
+        statistic: the largest relative DiD over points.
+        p_relative, p_absolute: ranks among the controls of that, and of the largest ‖DiD‖.
+        p: the larger of the two.
         onset: the first point whose relative DiD exceeds every control's, or None.
     """
 
@@ -54,8 +59,13 @@ class StageGate:
     relative_did: Float[Tensor, " n_points"]
     control_did: Float[Tensor, "n_controls n_points"]
     statistic: float
-    p: float
+    p_relative: float
+    p_absolute: float
     onset: Space | None
+
+    @property
+    def p(self) -> float:
+        return max(self.p_relative, self.p_absolute)
 
     @property
     def n_controls(self) -> int:
@@ -76,15 +86,15 @@ def mean_norm(activations: PairedActivations, point: Space) -> float:
     return float(activations.at(first, point).double().norm(dim=-1).mean())
 
 
-def relative_did(
+def change_sizes(
     before: PairedActivations, after: PairedActivations, contrasts: Sequence[str], point: Space
-) -> Float[Tensor, " n_contrasts"]:
-    """‖DiD‖ / ‖Δμ_before‖ of each contrast at one point; NaN where there is no shift before."""
+) -> tuple[Float[Tensor, " n_contrasts"], Float[Tensor, " n_contrasts"]]:
+    """‖DiD‖ and ‖DiD‖ / ‖Δμ_before‖ of each contrast at one point; NaN where there was no shift."""
     shift_before = mean_shifts(before, contrasts, point)
     change = (mean_shifts(after, contrasts, point) - shift_before).norm(dim=-1)
     size = shift_before.norm(dim=-1)
     dead = size <= DEAD_SHIFT * mean_norm(before, point)
-    return torch.where(dead, torch.nan, change / size.clamp(min=1e-30))
+    return change, torch.where(dead, torch.nan, change / size.clamp(min=1e-30))
 
 
 def control_names(activations: PairedActivations, target: str) -> tuple[str, ...]:
@@ -110,20 +120,22 @@ def control_names(activations: PairedActivations, target: str) -> tuple[str, ...
 def stage_gate(
     before: PairedActivations, after: PairedActivations, target: str, *, stage: str = ""
 ) -> StageGate:
-    """Rank the target's relative DiD, maximised over stream points, among the controls'."""
+    """Rank the target's DiD and relative DiD, maximised over stream points, among the controls'."""
     names = (target, *control_names(before, target))
     points = tuple(p for p in before.points if p.is_stream)
-    values = torch.stack([relative_did(before, after, names, p) for p in points], dim=1)
-    peaks = torch.nan_to_num(values, nan=0.0).max(dim=1).values
-    ceiling = torch.nan_to_num(values[1:], nan=0.0).max(dim=0).values
-    above = torch.nonzero(torch.nan_to_num(values[0], nan=0.0) > ceiling).flatten().tolist()
+    sizes = [change_sizes(before, after, names, p) for p in points]
+    change, relative = (torch.stack(columns, dim=1) for columns in zip(*sizes, strict=True))
+    filled = torch.nan_to_num(relative, nan=0.0)
+    peaks, largest = filled.max(dim=1).values, change.max(dim=1).values
+    above = torch.nonzero(filled[0] > filled[1:].max(dim=0).values).flatten().tolist()
     return StageGate(
         stage=stage or after.stage,
         points=points,
-        relative_did=values[0],
-        control_did=values[1:],
+        relative_did=relative[0],
+        control_did=relative[1:],
         statistic=float(peaks[0]),
-        p=float(rank_p(peaks[0], peaks[1:])),
+        p_relative=float(rank_p(peaks[0], peaks[1:])),
+        p_absolute=float(rank_p(largest[0], largest[1:])),
         onset=points[above[0]] if above else None,
     )
 
@@ -134,8 +146,10 @@ def site_statistic(
     before: PairedActivations,
     after: PairedActivations,
     contrasts: Sequence[str],
-) -> Float[Tensor, " n_contrasts"]:
-    """G of one matrix for each contrast (0 where the contrast has no shift before or no change).
+) -> tuple[Float[Tensor, " n_contrasts"], Float[Tensor, " n_contrasts"]]:
+    """G of one matrix for each contrast, and G ‖Δμ_before‖.
+
+    Both are 0 where the contrast has no shift before or no change.
 
     Args:
         difference: D, with a post-norm's gain already multiplied into its rows.
@@ -147,10 +161,11 @@ def site_statistic(
     point = site.writes
     shift_before = mean_shifts(before, contrasts, point)
     did = mean_shifts(after, contrasts, point) - shift_before
-    scale = did.norm(dim=-1) * shift_before.norm(dim=-1)
-    live = (shift_before.norm(dim=-1) > DEAD_SHIFT * mean_norm(before, point)) & (scale > 0)
-    projected = (written.double() * did).sum(-1)
-    return torch.where(live, projected / scale.clamp(min=1e-30), 0.0)
+    size, change = shift_before.norm(dim=-1), did.norm(dim=-1)
+    live = (size > DEAD_SHIFT * mean_norm(before, point)) & (change > 0)
+    projected = (written.double() * did).sum(-1) / change.clamp(min=1e-30)
+    projected = torch.where(live, projected, 0.0)
+    return projected / torch.where(live, size, 1.0), projected
 
 
 def site_p(

@@ -40,7 +40,8 @@ class StageEvidence:
     Attributes:
         target: the contrast's name.
         gates: later stage of each step -> its gate.
-        g, p_g: (stage, site name) -> the site statistic and its max-T p over all sites and stages.
+        g, p_g: (stage, site name) -> the site statistic and its max-T p over all sites and stages
+            (the larger of the relative and the absolute one; see `spectral.gate`).
         readout: stage -> value of the behavioural readout, empty without one.
         activations: stage -> pooled activations (for probes and figures).
         n_controls: how many controls the ranks are among.
@@ -148,7 +149,7 @@ def stage_evidence(
     names = (name, *control_names(first, name))
     gates: dict[str, StageGate] = {}
     keys: list[tuple[str, str]] = []
-    columns: list[Tensor] = []
+    columns: list[tuple[Tensor, Tensor]] = []
     for earlier, later in lineage.steps:
         gates[later] = stage_gate(activations[earlier], activations[later], name, stage=later)
         before, after = lineage.source(earlier), lineage.source(later)
@@ -157,8 +158,11 @@ def stage_evidence(
             pair = (activations[earlier], activations[later])
             columns.append(site_statistic(difference, site, *pair, names))
             keys.append((later, site.name))
-    g = torch.stack(columns, dim=1) if columns else torch.zeros(len(names), 0)
-    p = site_p(g[0], g[1:]) if keys else torch.zeros(0)
+    g = torch.zeros(len(names), 0)
+    p = torch.zeros(0)
+    if columns:
+        g, absolute = (torch.stack(values, dim=1) for values in zip(*columns, strict=True))
+        p = torch.maximum(site_p(g[0], g[1:]), site_p(absolute[0], absolute[1:]))
     return StageEvidence(
         target=name,
         gates=gates,

@@ -286,6 +286,8 @@ def _stage_table(
                 "previous": earlier,
                 "gate_statistic": gate.statistic if gate else float("nan"),
                 "gate_p": gate.p if gate else float("nan"),
+                "gate_p_relative": gate.p_relative if gate else float("nan"),
+                "gate_p_absolute": gate.p_absolute if gate else float("nan"),
                 "onset": str(gate.onset) if gate and gate.onset else "",
                 "n_controls": gate.n_controls if gate else 0,
                 "readout_before": path.before if path else float("nan"),

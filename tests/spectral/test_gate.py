@@ -85,16 +85,38 @@ def test_site_statistic_equals_the_definition_and_its_p_is_max_t() -> None:
     before, after = stages(2, boost=1.0)
     names = [c.name for c in before.contrasts]
     difference = torch.randn(D, D, generator=torch.Generator().manual_seed(5))
-    g = site_statistic(difference, SITE, before, after, names)
+    g, absolute = site_statistic(difference, SITE, before, after, names)
     for row in (0, 7):
         written = difference.double() @ before.site_shift[SITE.name][row].double()
         shift = before.differences(names[row], POINTS[2]).double().mean(0)
         did = after.differences(names[row], POINTS[2]).double().mean(0) - shift
         expected = float(written @ did / (did.norm() * shift.norm()))
         assert float(g[row]) == pytest.approx(expected, rel=1e-5)
+        assert float(absolute[row]) == pytest.approx(expected * float(shift.norm()), rel=1e-5)
     observed = torch.tensor([3.0, 0.5])
     null = torch.tensor([[1.0, 0.2], [0.1, 4.0], [0.3, 0.4]])
     assert site_p(observed, null).tolist() == [2 / 4, 3 / 4]
+
+
+@pytest.mark.parametrize("size", [0.2, 5.0])
+def test_a_target_of_another_size_than_its_controls_does_not_pass_for_it(size: float) -> None:
+    """The same noise on every contrast: a quiet target stands out relatively, a loud one does not
+    change more; where noise grows with size the loud one stands out absolutely. Neither passes."""
+    hits = 0
+    for seed in range(60):
+        before, after = stages(seed, boost=0.0)
+        for point in POINTS[1:]:
+            value, later = (s.values["authority", point.name] for s in (before, after))
+            noise = later - value
+            if size > 1:
+                noise = noise * size
+            value[:, 0] = value[:, 1] + size * (value[:, 0] - value[:, 1])
+            later.copy_(value + noise)
+        gate = stage_gate(before, after, "authority")
+        one = gate.p_relative if size < 1 else gate.p_absolute
+        assert one <= 0.1, "the case is one where one of the two stands out"
+        hits += gate.p <= 0.05
+    assert hits <= 60 * 0.05 + 3 * (60 * 0.05 * 0.95) ** 0.5
 
 
 def test_without_controls_there_is_no_gate() -> None:
