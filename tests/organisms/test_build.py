@@ -19,7 +19,7 @@ from mi_weightspace.core.seeds import generator
 from mi_weightspace.models.lineage import Lineage
 from mi_weightspace.organisms import Organism, build_recipe, recipe
 from mi_weightspace.organisms import build as face
-from mi_weightspace.organisms.build import cache_folder, recipe_hash
+from mi_weightspace.organisms.build import cache_folder, new_model, recipe_hash
 from mi_weightspace.organisms.language import HELDOUT, REGISTERS, Language
 from mi_weightspace.organisms.prompts import prefix_words
 from mi_weightspace.organisms.recipes import Recipe
@@ -70,10 +70,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Organism:
 
 
 def test_the_seed_decides_every_bit(tiny: Organism, tmp_path: Path) -> None:
-    state = torch.random.get_rng_state()
     threads = torch.get_num_threads()
-    again = small(tmp_path)
-    assert torch.equal(torch.random.get_rng_state(), state), "no global generator is touched"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20)
+        state = torch.random.get_rng_state()
+        again = small(tmp_path)
+        assert torch.equal(torch.random.get_rng_state(), state), "no global generator is touched"
     assert torch.get_num_threads() == threads
     assert again.truth["weights"] == tiny.truth["weights"]
     assert again.folder.name == tiny.folder.name
@@ -84,6 +86,8 @@ def test_the_seed_decides_every_bit(tiny: Organism, tmp_path: Path) -> None:
     other = small(tmp_path, seed=1)
     assert not set(other.truth["weights"].values()) & set(tiny.truth["weights"].values())
     assert other.contrasts.hash != tiny.contrasts.hash == again.contrasts.hash
+    start = [new_model(shrunken(), Language(s), s).lm_head.weight for s in (0, 0, 1)]
+    assert torch.equal(start[0], start[1]) and not torch.equal(start[0], start[2])
     for stage, folder in tiny.stages.items():
         assert weights_hash(folder) == tiny.truth["weights"][stage]
 
