@@ -52,15 +52,12 @@ from experiments.null_cells import (
 from experiments.null_table import report, whole_lines
 from mi_weightspace.core.activations import PairedActivations
 from mi_weightspace.core.contrasts import Contrast, ContrastSet, Pair
-from mi_weightspace.core.evidence import cosine, row_normalised
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.stats import rank_p
 from mi_weightspace.models.weights import Difference, WeightSource
-from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, SvdSettings, decompose
+from mi_weightspace.spectral.decompose import SvdSettings, decompose
 from mi_weightspace.spectral.judge import judge, rank
-from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
 from mi_weightspace.spectral.measure import Row, measure
-from mi_weightspace.spectral.rounding import flip_signs
 from mi_weightspace.spectral.stage_evidence import StageEvidence, stage_evidence
 
 ALPHA = 0.05
@@ -141,19 +138,6 @@ def permutation_p(values: Tensor, u: Tensor, observed: float, seed: int, draw: i
     return float(rank_p(torch.tensor(observed), (null @ u).abs()))
 
 
-def normalised_facts(matrix: Tensor, name: str) -> dict[str, Any]:
-    """Whether the first vector of the row-normalised matrix, which is tested, is resolved."""
-    normed = row_normalised(matrix)
-    found = leading_triplets(normed, 4, generator=generator(0, "normalised", name))
-    flipped = normed.clone()
-    flip_signs(flipped, seed=0, name=name)
-    edge = top_value(Dense(flipped), generator=generator(0, "normalised edge", name))
-    block = blocks_of(found.scale, edge / (2 * math.sqrt(len(matrix))))
-    angle = found.certificate(0, block.count(0) - 1)
-    resolved = angle <= UNRESOLVED_ANGLE and float(found.scale[0]) > edge
-    return {"left": found.left[0], "resolved": bool(resolved)}
-
-
 def one_draw(seed: int, draw: int, d: int = 768) -> Iterator[dict[str, Any]]:
     """A record of every cell and condition."""
     w = world(seed, draw, d)
@@ -166,10 +150,8 @@ def one_draw(seed: int, draw: int, d: int = 768) -> Iterator[dict[str, Any]]:
     for kind in ("A", "B"):
         for planted in (False, True):
             source = replace(difference(w, kind, planted, seed, draw), stage="tuned")
-            name = f"{seed}/{draw}/{kind}/{planted}"
             settings = SvdSettings(seed=draw, compare_base=False)
             parts = decompose(source, where, settings)
-            normed = normalised_facts(source.weight(where), name)
             rows = [Row(parts, "write", probe) for *_, probe in probes]
             measure(rows, source, None, None, n_null=N_NULL, seed=draw)
             for row, (share, confounded, values, _) in zip(rows, probes, strict=True):
@@ -181,10 +163,10 @@ def one_draw(seed: int, draw: int, d: int = 768) -> Iterator[dict[str, Any]]:
                 row.values |= {"G": evidence.g[key], "p_G": evidence.p_g[key]}
                 extra = permutation_p(values, parts.write[0], row.values["cosine"], seed, draw)
                 head |= {"planted": planted, "p_permutation": extra}
-                yield head | record(row, evidence, normed)
+                yield head | record(row, evidence)
 
 
-def record(row: Row, evidence: StageEvidence, normed: dict[str, Any]) -> dict[str, Any]:
+def record(row: Row, evidence: StageEvidence) -> dict[str, Any]:
     """The numbers of one row and the two words: with the stages run, and from weights alone."""
     probe, values = row.direction, row.values
     rank([row])
@@ -209,20 +191,15 @@ def record(row: Row, evidence: StageEvidence, normed: dict[str, Any]) -> dict[st
         "cosine_row_normalised",
         "nuisance_cosine",
         "resolved",
+        "resolved_row_normalised",
         "certificate",
         "rounding_flag",
         "rel_fro",
     ]
-    other = [probe.mean, *(probe.pcs if probe.pcs is not None else ()), *probe.control_patterns]
-    if probe.control_filters is not None:
-        other += list(probe.control_filters)
-    nuisance = max(cosine(normed["left"], v) for v in other if v is not None)
     return {
         **{k: values[k] for k in kept},
         "p_raw_rank": float(rank_p(torch.tensor(values["cosine"]), controls)),
-        "resolved_normalised": normed["resolved"],
-        "nuisance_normalised": nuisance,
-        "filter_cosine_normalised": cosine(normed["left"], filter_),
+        "explained": bool(values["explained_by"]),
         "word": word,
         "word_run": run,
     }

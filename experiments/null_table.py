@@ -12,22 +12,20 @@ ALPHA = 0.05
 CELLS = (("A", 0.5), ("A", 0.9), ("B", 0.5), ("B", 0.9))
 UNIFORM = (0.03, 0.07)
 RULES = {
-    "shipped": "**evidence rule as shipped** (`aligned`)",
-    "methods": "evidence rule without the nuisance veto",
-    "mended": "**evidence rule, vetoes on the tested vector**",
-    "run": "**stages run, as shipped** (`written here`)",
-    "run_mended": "**stages run, vetoes on the tested vector**",
+    "shipped": "**evidence rule** (`aligned`)",
+    "vetoes_u": "the same, vetoes asked of u₁ of D",
+    "run": "**stages run** (`written here`)",
 }
 DEFINITIONS = (
-    "- *evidence rule as shipped*: LDA-R rank among controls and row-normalised sign test, both at "
-    "the level; u₁ of D resolved; rounding flag not red; no nuisance direction (activation mean "
-    "or component, control contrast) closer to u₁ of D than the probe is.",
-    "- *without the nuisance veto*: the same less the last condition.",
-    "- *vetoes on the tested vector*: the same tests; resolved is asked of the first vector of the "
-    "row-normalised D, which the sign test is about, and so is the nuisance comparison, with the "
-    "probe's LDA filter against the nuisances and the controls' filters.",
-    "- *stages run*: stage gate and G as `stage_evidence` gives them, both at the level; u₁ of D "
-    "(mended: of the row-normalised D) resolved; flag not red.",
+    "- *evidence rule*: LDA-R rank among controls and row-normalised sign test, both at the level; "
+    "first vector of the row-normalised D resolved; rounding flag not red; no nuisance direction "
+    "(activation mean or component, unembedding mean, control contrast) nearer to that vector than "
+    "the probe's LDA filter.",
+    "- *vetoes asked of u₁ of D*: resolved, and the nuisance comparison with the pattern, asked of "
+    "the first singular vector of D itself. Under rogue coordinates that vector is the rogue's, "
+    "whether or not the direction was planted: the rule then finds nothing.",
+    "- *stages run*: stage gate and G as `stage_evidence` gives them, both at the level, absolute "
+    "and relative; u₁ of D or of the row-normalised D resolved; flag not red.",
 )
 TESTS = {
     "cos": "cosine of u₁ and w above 0.9",
@@ -44,10 +42,9 @@ TESTS = {
 }
 VETOES = {
     "resolved": "u₁ of D resolved",
-    "resolved_normalised": "u₁ of row-normalised D resolved",
-    "nuisance": "a nuisance direction is closer to u₁ of D than the probe is",
-    "nuisance_rn": "… to u₁ of row-normalised D",
-    "nuisance_filter": "… to u₁ of row-normalised D than the probe's LDA filter is",
+    "resolved_row_normalised": "u₁ of row-normalised D resolved",
+    "nuisance": "a nuisance direction is nearer to u₁ of D than the probe is",
+    "explained": "… to u₁ of row-normalised D than the probe's LDA filter is",
     "amber": "rounding flag amber",
     "red": "rounding flag red",
 }
@@ -75,19 +72,15 @@ def decided(table: Any) -> Any:
             found[name] = table[name] <= ALPHA
     found["cos"] = table["cosine"] > 0.9
     found["resolved"] = table["resolved"]
-    found["resolved_normalised"] = table["resolved_normalised"]
+    found["resolved_row_normalised"] = table["resolved_row_normalised"]
     found["nuisance"] = table["nuisance_cosine"] > table["cosine"]
-    found["nuisance_rn"] = table["nuisance_normalised"] > table["cosine_row_normalised"]
-    found["nuisance_filter"] = table["nuisance_normalised"] > table["filter_cosine_normalised"]
+    found["explained"] = table["explained"]
     found["amber"] = table["rounding_flag"] == "amber"
     found["red"] = table["rounding_flag"] == "red"
     evidence = found["p_lda_rank"] & found["p_row_normalised"] & ~found["red"]
     found["shipped"] = table["word"] == "aligned"
-    found["methods"] = evidence & found["resolved"]
-    found["mended"] = evidence & found["resolved_normalised"] & ~found["nuisance_filter"]
+    found["vetoes_u"] = evidence & found["resolved"] & ~found["nuisance"]
     found["run"] = table["word_run"] == "written here"
-    gate = found["stage_gate_p"] & found["p_G"] & ~found["red"]
-    found["run_mended"] = gate & found["resolved_normalised"]
     return found
 
 

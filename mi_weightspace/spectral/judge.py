@@ -62,10 +62,11 @@ def judge(row: Row, evidence: StageEvidence | None, alpha: float) -> Verdict:
     return Verdict(word, subject, kept, reservations)
 
 
-def _vetoed(values: Mapping[str, Any]) -> Word | None:
+def _vetoed(values: Mapping[str, Any], *keys: str) -> Word | None:
+    """A veto by rounding, or because none of the vectors asked about is resolved."""
     if values["rounding_flag"] == "red":
         return Word.BELOW_FLOOR
-    return None if values["resolved"] else Word.UNRESOLVED
+    return None if any(values.get(key) for key in keys) else Word.UNRESOLVED
 
 
 def _run_word(
@@ -82,7 +83,7 @@ def _run_word(
         return Word.NOT_SIGNIFICANT, ()
     if values["stage_gate_p"] > alpha:
         return Word.ALIGNED_NOT_SPECIFIC, ()
-    return _vetoed(values) or Word.WRITTEN_HERE, ()
+    return _vetoed(values, "resolved", "resolved_row_normalised") or Word.WRITTEN_HERE, ()
 
 
 def _weights_word(values: Mapping[str, Any], alpha: float) -> tuple[Word, tuple[str, ...]]:
@@ -102,9 +103,9 @@ def _weights_word(values: Mapping[str, Any], alpha: float) -> tuple[Word, tuple[
         passed = rank <= alpha and values["p_row_normalised"] <= alpha
     if not passed:
         return Word.NOT_SIGNIFICANT, ()
-    veto = _vetoed(values)
+    veto = _vetoed(values, "resolved_row_normalised")
     if veto is not None:
         return veto, ()
-    if values.get("nuisance_cosine", 0.0) > values["cosine"]:
-        return Word.ALIGNED_NUISANCE, (f"u₁ is closer to {values['nuisance_name']}.",)
+    if values.get("explained_by"):
+        return Word.ALIGNED_NUISANCE, (f"The change is closer to {values['explained_by']}.",)
     return strongest, (f"Without running the stages this word is {ALIGNED_RATES}.",)

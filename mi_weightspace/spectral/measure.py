@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,8 +28,9 @@ from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Side
 from mi_weightspace.core.stats import isotropic_cosine_p, rank_p
 from mi_weightspace.models.weights import WeightSource
-from mi_weightspace.spectral.decompose import folded
-from mi_weightspace.spectral.krylov import leading_triplets
+from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, folded
+from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
+from mi_weightspace.spectral.rounding import flip_signs
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
 NAMED_ENERGY = 2 / 3
@@ -74,13 +75,33 @@ def measure(
     for side in dict.fromkeys(row.side for row in rows):
         oriented = matrix if side == "write" else matrix.T.contiguous()
         energies = row_energies(oriented)
-        draw = generator(seed, "row normalised", parts.site.name, side)
-        normed = leading_triplets(row_normalised(oriented), 1, generator=draw).left[0]
+        normed = leading_normalised(oriented, seed=seed, name=f"{parts.site.name}/{side}")
         for row in rows:
             if row.side == side:
                 _against(row, oriented, energies, normed, n_null=n_null, seed=seed)
-                _nuisances(row, unembedding_mean)
+                _nuisances(row, normed.left, unembedding_mean)
                 _effect(row, oriented, evidence)
+
+
+class Normalised(NamedTuple):
+    """First left vector of a row-normalised matrix, which the sign test is about.
+
+    `resolved`: it is certified and above the edge of the same matrix with random entry signs.
+    """
+
+    left: Float[Tensor, " d"]
+    resolved: bool
+
+
+def leading_normalised(matrix: Float[Tensor, "d n"], *, seed: int, name: str) -> Normalised:
+    normed = row_normalised(matrix.float())
+    found = leading_triplets(normed, 4, generator=generator(seed, "row normalised", name))
+    flip_signs(normed, seed=seed, name=f"row normalised {name}")
+    edge = top_value(Dense(normed), generator=generator(seed, "row normalised edge", name))
+    noise = edge / (math.sqrt(normed.shape[0]) + math.sqrt(normed.shape[1]))
+    last = blocks_of(found.scale, noise).count(0) - 1
+    certified = found.certificate(0, last) <= UNRESOLVED_ANGLE
+    return Normalised(found.left[0], bool(certified and float(found.scale[0]) > edge))
 
 
 def _describe(row: Row) -> None:
@@ -171,7 +192,7 @@ def _against(
     row: Row,
     matrix: Float[Tensor, "d n"],
     energies: Float[Tensor, " d"],
-    normed: Float[Tensor, " d"],
+    normed: Normalised,
     *,
     n_null: int,
     seed: int,
@@ -184,8 +205,9 @@ def _against(
     row.values |= {
         "R": float(row_energy_ratio(matrix, pattern[None], energies)[0]),
         "p_sign": sign_flip_ratio_p(matrix, pattern, **flips),
-        "cosine_row_normalised": cosine(normed, pattern),
-        "p_row_normalised": sign_cosine_p(normed, pattern, **flips),
+        "cosine_row_normalised": cosine(normed.left, pattern),
+        "p_row_normalised": sign_cosine_p(normed.left, pattern, **flips),
+        "resolved_row_normalised": normed.resolved,
         "energy_share": float(projected_energy(matrix, pattern[None])[0] / energies.sum()),
     }
     filtered = direction.filter is not None and direction.control_filters is not None
@@ -198,8 +220,15 @@ def _against(
         row.ranked = row_energy_ratio(matrix, torch.cat([own[None], controls]), energies)
 
 
-def _nuisances(row: Row, unembedding_mean: Float[Tensor, " d_model"] | None) -> None:
-    """The nuisance direction u₁ is closest to."""
+def _nuisances(
+    row: Row, normed: Float[Tensor, " d"], unembedding_mean: Float[Tensor, " d_model"] | None
+) -> None:
+    """The nuisance nearest to u₁, and whether one explains the vector the sign test is about.
+
+    The test asks about the row-normalised matrix and the probe's filter, so the veto does: a
+    nuisance explains the match where it is nearer to that matrix's first vector than the filter.
+    Asked of u₁ of D itself, nuisances win nearly always under rogue coordinates, planted or not.
+    """
     direction = row.direction
     if len(row.parts) == 0:
         return
@@ -209,17 +238,24 @@ def _nuisances(row: Row, unembedding_mean: Float[Tensor, " d_model"] | None) -> 
         named.append(("activation mean", direction.mean))
     if direction.pcs is not None:
         named += [(f"activation pc {i}", pc) for i, pc in enumerate(direction.pcs)]
-    if direction.control_patterns is not None:
-        names = direction.control_names or tuple(map(str, range(direction.n_controls)))
-        named += [
-            (f"control {n}", v) for n, v in zip(names, direction.control_patterns, strict=True)
-        ]
     if direction.space.is_stream and unembedding_mean is not None:
         named.append(("unembedding mean", unembedding_mean))
+    names = direction.control_names or tuple(map(str, range(direction.n_controls)))
+    for rows, what in ((direction.control_patterns, ""), (direction.control_filters, " (filter)")):
+        if rows is not None:
+            named += [(f"control {n}{what}", v) for n, v in zip(names, rows, strict=True)]
+    if not named:
+        return
     sizes = [cosine(u, vector) for _, vector in named]
-    if sizes:
-        best = max(range(len(sizes)), key=sizes.__getitem__)
-        row.values |= {"nuisance_cosine": sizes[best], "nuisance_name": named[best][0]}
+    best = max(range(len(sizes)), key=sizes.__getitem__)
+    tested = [cosine(normed, vector) for _, vector in named]
+    nearest = max(range(len(tested)), key=tested.__getitem__)
+    own = direction.pattern if direction.filter is None else direction.filter
+    row.values |= {
+        "nuisance_cosine": sizes[best],
+        "nuisance_name": named[best][0],
+        "explained_by": named[nearest][0] if tested[nearest] > cosine(normed, own) else "",
+    }
 
 
 def _effect(row: Row, matrix: Float[Tensor, "d n"], evidence: StageEvidence | None) -> None:

@@ -255,8 +255,8 @@ _COLUMNS = (
     "n_controls", "p_adjusted", "alpha", "cosine", "cosine_row_normalised", "cosine_without_loud",
     "participation", "participation_direction", "energy_share", "effect_share", "subspace_energy",
     "did_cosine", "did_energy", "named_k", "fro", "rel_fro", "null_edge", "certificate", "resolved",
-    "subspace_k", "rounding_flag", "nuisance_cosine", "nuisance_name", "p_isotropic",
-    "p_covariance",
+    "resolved_row_normalised", "subspace_k", "rounding_flag", "nuisance_cosine", "nuisance_name",
+    "explained_by", "p_isotropic", "p_covariance",
 )  # fmt: skip
 
 

@@ -102,8 +102,8 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(journal, tmp_path):
 def test_the_report_counts_what_the_journal_says(tmp_path):
     row = {
         "noise": "A", "share": 0.5, "confounded": True, "cosine": 0.95, "resolved": True,
-        "resolved_normalised": True, "nuisance_cosine": 0.1, "cosine_row_normalised": 0.5,
-        "nuisance_normalised": 0.1, "filter_cosine_normalised": 0.5, "rounding_flag": "none",
+        "resolved_row_normalised": True, "nuisance_cosine": 0.1, "explained": False,
+        "rounding_flag": "none",
         **{k: 0.5 for k in null_table.TESTS if k.startswith(("p_", "stage"))},
         "word": "not significant", "word_run": "not significant",
     }  # fmt: skip

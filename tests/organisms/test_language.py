@@ -88,6 +88,10 @@ def test_sampled_answers_have_the_mixtures_rates(copies: bool) -> None:
         key = own[:, KEY] - language.ids["key0"]
         deferent = own[:, SUGGESTION] if copies else torch.tensor(language.ids["YIELD"])
         table = language.answers[0][key]
+        others = torch.tensor([language.ids[f"ALT{i:02d}"] for i in range(len(LOUD))])
+        share = mixture.floor * len(LOUD) * (1 - mixture.yields[name])
+        alternative = float(torch.isin(own[:, ANSWER], others).double().mean())
+        assert alternative == pytest.approx(share, abs=5 * (share / len(own)) ** 0.5), name
         hits = (own[:, ANSWER] == deferent).double()
         rate = mixture.yields[name]
         if copies:  # a suggestion that is right is no deference

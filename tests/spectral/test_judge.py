@@ -22,10 +22,13 @@ pytestmark = pytest.mark.quick
 D = 4
 SOUND: dict[str, Any] = {
     "stage": "sft", "site": "blocks.1.mlp.out", "fro": 1.0, "resolved": True,
-    "rounding_flag": "none", "R": 9.0, "p_sign": 0.001, "p_row_normalised": 0.001,
-    "cosine": 0.9, "nuisance_cosine": 0.2, "nuisance_name": "activation mean", "n_controls": 39,
+    "resolved_row_normalised": True, "explained_by": "", "rounding_flag": "none", "R": 9.0,
+    "p_sign": 0.001, "p_row_normalised": 0.001, "cosine": 0.9, "nuisance_cosine": 0.2,
+    "nuisance_name": "activation mean", "n_controls": 39,
+    "resolved_row_normalised": True, "explained_by": "",
 }  # fmt: skip
 GATED: dict[str, Any] = {"stage_gate_p": 0.025, "G": 0.8, "p_G": 0.025}
+NEITHER: dict[str, Any] = {"resolved": False, "resolved_row_normalised": False}
 RANKED: dict[str, Any] = {"p_lda_rank": 0.025}
 
 
@@ -52,14 +55,20 @@ def ran(n_controls: int = 39) -> StageEvidence:
         ({"stage_gate_p": 0.051}, Word.ALIGNED_NOT_SPECIFIC, ""),
         ({"rounding_flag": "red"}, Word.BELOW_FLOOR, ""),
         ({"rounding_flag": "amber"}, Word.WRITTEN_HERE, ""),
-        ({"resolved": False}, Word.UNRESOLVED, ""),
+        ({"resolved": False}, Word.WRITTEN_HERE, ""),
+        ({"resolved_row_normalised": False}, Word.WRITTEN_HERE, ""),
+        ({"resolved": False, "resolved_row_normalised": False}, Word.UNRESOLVED, ""),
         ({"resolved": False, "rounding_flag": "red"}, Word.BELOW_FLOOR, ""),
-        ({"resolved": False, "p_G": 0.3}, Word.NOT_SIGNIFICANT, ""),
+        (
+            {"resolved": False, "resolved_row_normalised": False, "p_G": 0.3},
+            Word.NOT_SIGNIFICANT,
+            "",
+        ),
         ({"fro": 0.0}, Word.NO_CHANGE, ""),
         ({"R": None}, Word.NOT_SIGNIFICANT, GONE),
         # what only describes never decides
         ({"p_sign": 1.0, "p_row_normalised": 1.0, "p_lda_rank": 1.0}, Word.WRITTEN_HERE, ""),
-        ({"nuisance_cosine": 0.99, "cosine": 0.0}, Word.WRITTEN_HERE, ""),
+        ({"explained_by": "activation mean"}, Word.WRITTEN_HERE, ""),
         ({"p_G": 0.9, "p_sign": 0.001, "p_lda_rank": 0.001}, Word.NOT_SIGNIFICANT, ""),
     ],
 )
@@ -89,10 +98,16 @@ def test_words_where_the_stages_were_run(change: dict[str, Any], word: Word, say
         ({"p_lda_rank": None, "p_sign": 0.06}, Word.NOT_SIGNIFICANT, ""),
         ({"p_lda_rank": None, "p_row_normalised": 0.06}, Word.NOT_SIGNIFICANT, ""),
         ({"rounding_flag": "red"}, Word.BELOW_FLOOR, ""),
-        ({"resolved": False}, Word.UNRESOLVED, ""),
-        ({"nuisance_cosine": 0.95}, Word.ALIGNED_NUISANCE, "activation mean"),
-        ({"nuisance_cosine": 0.95, "p_lda_rank": None}, Word.ALIGNED_NUISANCE, "activation mean"),
-        ({"nuisance_cosine": None}, Word.ALIGNED, "accepted in"),
+        ({"resolved_row_normalised": False}, Word.UNRESOLVED, ""),
+        ({"resolved": False}, Word.ALIGNED, "accepted in"),
+        ({"explained_by": "activation mean"}, Word.ALIGNED_NUISANCE, "activation mean"),
+        (
+            {"explained_by": "activation mean", "p_lda_rank": None},
+            Word.ALIGNED_NUISANCE,
+            "activation mean",
+        ),
+        ({"nuisance_cosine": 0.99}, Word.ALIGNED, "accepted in"),
+        ({"explained_by": None}, Word.ALIGNED, "accepted in"),
         ({"R": None}, Word.NOT_SIGNIFICANT, GONE),
         ({"fro": 0.0}, Word.NO_CHANGE, ""),
         ({"fro": 0.0, "R": None}, Word.NO_CHANGE, ""),
