@@ -25,7 +25,6 @@ SOUND: dict[str, Any] = {
     "resolved_row_normalised": True, "explained_by": "", "rounding_flag": "none", "R": 9.0,
     "p_sign": 0.001, "p_row_normalised": 0.001, "cosine": 0.9, "nuisance_cosine": 0.2,
     "nuisance_name": "activation mean", "n_controls": 39,
-    "resolved_row_normalised": True, "explained_by": "",
 }  # fmt: skip
 GATED: dict[str, Any] = {"stage_gate_p": 0.025, "G": 0.8, "p_G": 0.025}
 NEITHER: dict[str, Any] = {"resolved": False, "resolved_row_normalised": False}

@@ -139,7 +139,7 @@ def test_numbers_of_the_writer_are_numpys(family: str, tmp_path: Path) -> None:
         ("unembedding mean", base.weight("unembed").mean(0)),
         *((f"activation pc {i}", pc) for i, pc in enumerate(given.pcs)),  # pyright: ignore[reportArgumentType]
         *((f"control c{i}", c) for i, c in enumerate(given.control_patterns)),  # pyright: ignore[reportArgumentType]
-        *((f"control c{i}", c) for i, c in enumerate(given.control_filters)),  # pyright: ignore[reportArgumentType]
+        *((f"control c{i} (filter)", c) for i, c in enumerate(given.control_filters)),  # pyright: ignore[reportArgumentType]
     ]
     sizes = [naive_cosine(u[:, 0], v.double().numpy()) for _, v in nuisances]  # pyright: ignore[reportOptionalMemberAccess]
     tested = max(naive_cosine(normed, v.double().numpy()) for _, v in nuisances)  # pyright: ignore[reportOptionalMemberAccess]
@@ -212,8 +212,6 @@ def test_planted_and_unplanted_matrices(case: tuple[Lineage, SvdReport], tmp_pat
     }
     assert [v.subject for v in report.verdicts] == [f"sft / {SITE} / authority"]
     assert any("strongest word is `aligned`" in text for text in report.reservations)
-    resolved = report.table.set_index("site")["resolved_row_normalised"].to_dict()
-    assert resolved == {SITE: True, OTHER: False, READER: False}
     absent = ask(update(stages(tmp_path, planted=0.0)), direction())
     assert [v.word for v in absent.verdicts] == [Word.NOT_SIGNIFICANT]
     assert set(absent.table["verdict"]) <= {Word.NOT_SIGNIFICANT}
