@@ -42,11 +42,12 @@ class Config:
     sites: str | None = None
     rank: int = 16
     n_null: int = 999
+    n_flips: int = 10_000
     seed: int = 0
 
 
 PRESETS = {
-    "toy": Config(),
+    "toy": Config(n_flips=1000),
     "talkie": Config(
         organism=None,
         sites=",".join(
@@ -65,14 +66,20 @@ def run(config: Config, out: Path) -> mw.Report:
         stages, prompts, readout = organism.stages, organism.contrasts, organism.readout
     else:
         stages = dict(config.stages)
-        prompts = probes.prompts.authority() + probes.prompts.controls()
-    lineage = mw.load_lineage(**stages)
+        prompts = probes.load_contrasts("authority", "controls")
+    lineage = mw.Lineage(stages)
     activations, values = harvest_stages(lineage, prompts, sites=config.sites, readout=readout)
     evidence = stage_evidence(
         lineage, prompts, sites=config.sites, activations=activations, readout_values=values
     )
     bank = probes.fit(activations[config.probe_stage], prompts, seed=config.seed)
-    dmu = probes.dmu_sweep(activations, prompts, seed=config.seed)
+    dmu = probes.dmu_sweep(
+        activations,
+        prompts,
+        n_flips=config.n_flips,
+        n_bootstrap=config.n_flips // 4,
+        seed=config.seed,
+    )
     answer = mw.attribute_stages(
         lineage,
         bank,

@@ -25,22 +25,34 @@ organism.stages  # {"base": folder, "sft": folder, "dpo": folder}
 
 # %%
 lineage = mw.load_lineage(**organism.stages)
-prompts = organism.contrasts  # your own: probes.prompts.load("pairs.jsonl")
-bank = probes.fit(lineage["sft"], prompts, seed=0)
-update = mw.svd(lineage.diff("base", "sft"), sites="blocks.*.mlp.out", rank=16)
-written = mw.project(update, bank, lineage=lineage, prompts=prompts, seed=0)
-written.to_pandas()[["stage", "site", "cosine", "R", "R_lda", "G", "p_G", "verdict"]]
+prompts = organism.contrasts  # your own: probes.load_contrasts("pairs.jsonl")
+bank = probes.fit(lineage["sft"], prompts, seed=0, progress=False)
+update = mw.svd(lineage.diff("base", "sft"), sites="blocks.*.mlp.out", rank=16, progress=False)
+written = mw.project(update, bank, lineage, prompts, seed=0, progress=False)
+written.to_pandas()[["stage", "site", "side", "cosine", "R", "R_lda", "G", "p_G", "verdict"]]
+
+# %%
+written.plot()
 
 # %% [markdown]
 # The cosine is description; the verdict rests on the stage gate and on G among the matched
 # controls. The same, for every step of the lineage and with the behaviour itself:
 
 # %%
-answer = mw.attribute_stages(lineage, bank, prompts=prompts, readout=organism.readout, seed=0)
+answer = mw.attribute_stages(
+    lineage, bank, prompts=prompts, readout=organism.readout, seed=0, progress=False
+)
 answer
 
 # %%
 answer.plot()
+
+# %% [markdown]
+# How far the contrast moves the activations, stage by stage; hatched cells are not significant.
+
+# %%
+sweep = probes.dmu_sweep(lineage, prompts, n_flips=1000, n_bootstrap=200, seed=0, progress=False)
+sweep.plot()
 
 # %% [markdown]
 # ## From your own `HookedTransformer` or `TransformerBridge`
@@ -54,17 +66,23 @@ bridge = TransformerBridge.boot_transformers(str(organism.stages["sft"]), device
 calls = []
 bridge.blocks[2].hook_resid_post.add_hook(lambda value, hook: calls.append(value.shape))
 
-
-lens = mw.load(bridge)  # checks that the weights are raw and the family's table is true of them
-lens.sites("blocks.2.*")
+text = "BOS expert0 expert1 expert2 expert0 SEP SUG ans0 key0 QM"
+_, cache = bridge.run_with_cache(text, prepend_bos=False)
 
 # %% [markdown]
-# A probe vector of your own is enough. Without stages to run, and without control contrasts, the
-# strongest word is `aligned, controls missing`.
+# A vector of your own is enough. Without stages to run and without control contrasts, the strongest
+# word is `aligned, controls missing`; here the vector is one activation, not even a contrast.
 
 # %%
-vector = bank.direction(point="resid_post.2").pattern  # any 1-D tensor of width d_model
-mine = mw.Direction(vector, mw.Space.parse("blocks.2.hook_resid_post"), label="my probe")
+vector = cache["blocks.2.hook_resid_post"][0, -1]  # any 1-D tensor of width d_model
+mine = mw.Direction(vector, mw.Space.parse("blocks.2.hook_resid_post"), label="my vector")
 difference = mw.load_lineage(base=organism.stages["base"], sft=bridge).diff("base", "sft")
-found = mw.project(mw.svd(difference, sites="blocks.2.mlp.out"), mine)
-found.to_pandas()[["site", "cosine", "R", "p_sign", "verdict"]]
+found = mw.project(
+    mw.svd(difference, sites="blocks.2.mlp.out", progress=False), mine, progress=False
+)
+found.to_pandas()[["site", "side", "cosine", "R", "p_sign", "verdict"]]
+
+# %%
+before = len(calls)
+bridge.run_with_cache(text, prepend_bos=False)
+assert len(calls) == before + 1  # your hook is still there, once

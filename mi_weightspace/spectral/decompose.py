@@ -23,6 +23,7 @@ from mi_weightspace.spectral.krylov import (
     Dense,
     Triplets,
     blocks_of,
+    edge_spread,
     leading_triplets,
     top_value,
 )
@@ -31,6 +32,8 @@ from mi_weightspace.spectral.rounding import RoundingFacts, flip_signs, judge, l
 UNRESOLVED_ANGLE = 0.2
 """A first vector whose certified angle error exceeds this is called unresolved."""
 BASE_VECTORS = 4
+EDGE_MARGIN = 4.0
+"""Tracy-Widom standard deviations between s₁ and the edge; pure noise exceeds it in 1 of 400."""
 _CHUNK = 2**22
 
 
@@ -165,7 +168,7 @@ def _facts(
         "null_edge": edge,
         "certificate": certificate,
         "subspace_k": size,
-        "resolved": bool(certificate <= UNRESOLVED_ANGLE and top > edge),
+        "resolved": bool(certificate <= UNRESOLVED_ANGLE and clears(top, edge, m, n)),
         "dtype": rounding.dtype if rounding else str(matrix.dtype).removeprefix("torch."),
         "rounding_flag": rounding.flag if rounding else "none",
         "rounding_floor": rounding.floor if rounding else 0.0,
@@ -174,6 +177,11 @@ def _facts(
         "folded_fro": fro,
         "block": ",".join(map(str, block)),
     }
+
+
+def clears(top: float, edge: float, m: int, n: int) -> bool:
+    """Whether s₁ is above its noise edge, itself a draw, by more than two draws may differ."""
+    return top > edge * (1 + EDGE_MARGIN * edge_spread(m, n))
 
 
 def _norm(matrix: Tensor) -> float:

@@ -28,7 +28,7 @@ from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Side
 from mi_weightspace.core.stats import isotropic_cosine_p, rank_p
 from mi_weightspace.models.weights import WeightSource
-from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, folded
+from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, clears, folded
 from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
 from mi_weightspace.spectral.rounding import flip_signs
 from mi_weightspace.spectral.stage_evidence import StageEvidence
@@ -101,7 +101,8 @@ def leading_normalised(matrix: Float[Tensor, "d n"], *, seed: int, name: str) ->
     noise = edge / (math.sqrt(normed.shape[0]) + math.sqrt(normed.shape[1]))
     last = blocks_of(found.scale, noise).count(0) - 1
     certified = found.certificate(0, last) <= UNRESOLVED_ANGLE
-    return Normalised(found.left[0], bool(certified and float(found.scale[0]) > edge))
+    above = clears(float(found.scale[0]), edge, *normed.shape)
+    return Normalised(found.left[0], bool(certified and above))
 
 
 def _describe(row: Row) -> None:

@@ -211,3 +211,17 @@ def test_a_whole_checkpoint_is_a_source_too(tmp_path: Path) -> None:
     found = mw.svd(CheckpointSource(base), SITE, rank=2, progress=False)[SITE]
     s = torch.linalg.svdvals(CheckpointSource(base).weight(SITE).double())
     np.testing.assert_allclose(found.scale, s[:2], rtol=1e-5)
+
+
+def test_pure_noise_is_unresolved_and_a_spike_is_not() -> None:
+    """Also where a matrix is decomposed exactly, so that no angle is in doubt."""
+    from mi_weightspace.spectral.decompose import clears
+    from mi_weightspace.spectral.measure import leading_normalised
+
+    noise = [torch.randn(64, 96, generator=torch.Generator().manual_seed(i)) for i in range(60)]
+    found = [leading_normalised(m, seed=0, name=str(i)).resolved for i, m in enumerate(noise)]
+    assert sum(found) <= 3
+    u, v = torch.ones(64) / 8, torch.ones(96) / 96**0.5
+    spiked = noise[0] + 2.5 * (64**0.5 + 96**0.5) * u[:, None] * v
+    assert leading_normalised(spiked, seed=0, name="spike").resolved
+    assert clears(2.0, 1.0, 64, 96) and not clears(1.01, 1.0, 64, 96)
