@@ -161,6 +161,7 @@ def one_draw(seed: int, draw: int, d: int = 768) -> Iterator[dict[str, Any]]:
                 key = (parts.stage, where.name)
                 row.values["stage_gate_p"] = evidence.gates[parts.stage].p
                 row.values |= {"G": evidence.g[key], "p_G": evidence.p_g[key]}
+                row.values["written_share"] = evidence.written_share(*key)
                 extra = permutation_p(values, parts.write[0], row.values["cosine"], seed, draw)
                 head |= {"planted": planted, "p_permutation": extra}
                 yield head | record(row, evidence)

@@ -27,6 +27,7 @@ from mi_weightspace.core.contrasts import ContrastSet
 from mi_weightspace.core.seeds import numpy_generator
 from mi_weightspace.core.stats import binomial_interval
 from mi_weightspace.core.verdict import Word
+from mi_weightspace.spectral.judge import WRITTEN_SHARE
 from mi_weightspace.spectral.path import REST
 from mi_weightspace.spectral.stage_evidence import harvest_stages, stage_evidence
 
@@ -88,6 +89,16 @@ def _words(report: mw.Report, truth: dict[str, Any]) -> dict[str, Any]:
         "onset": stages.loc["sft", "onset"],
         "named": "; ".join(sorted(f"{a}:{b}" for a, b in named)),
         "n_named": len(named),
+        "n_significant": int(((table["p_G"] <= ALPHA) & (table["stage_gate_p"] <= ALPHA)).sum()),
+        "named_without_share": "; ".join(
+            sorted(
+                {
+                    f"{r['stage']}:{r['site']}"
+                    for r in table.to_dict("records")
+                    if r["p_G"] <= ALPHA and r["stage_gate_p"] <= ALPHA
+                }
+            )
+        ),
         "n_single_component": int((written["named_k"] == 1).sum()),
         "n_named_other": len(named - planted),
         "verdict_sft": stages.loc["sft", "verdict"],
@@ -146,11 +157,15 @@ def _decoys(
 
 
 def _decoy(chosen: ContrastSet, acts: dict[str, Any], lineage: mw.Lineage) -> dict[str, Any]:
-    """The decision rule itself: the stage gate and G, both at 5 %."""
+    """The decision rule itself: the stage gate and G, both at 5 %, and half of the change."""
     own = {stage: found.select(chosen) for stage, found in acts.items()}
     evidence = stage_evidence(lineage, chosen, activations=own, progress=False)
     passed = [k for k, gate in evidence.gates.items() if gate.p <= ALPHA]
-    named = [key for key, p in evidence.p_g.items() if p <= ALPHA and key[0] in passed]
+    named = [
+        key
+        for key, p in evidence.p_g.items()
+        if p <= ALPHA and key[0] in passed and evidence.written_share(*key) >= WRITTEN_SHARE
+    ]
     return {
         "decoy": chosen.targets[0].name,
         "n_controls": evidence.n_controls,

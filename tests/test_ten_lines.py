@@ -72,7 +72,7 @@ def test_ten_lines_on_a_saved_folder(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked_transformer"])
 def test_from_the_users_own_object(kind: str, tmp_path: Path) -> None:
-    """Own hooks, own run_with_cache, own vector: a projection; nothing reloaded, hooks untouched."""
+    """Own hooks, own run_with_cache, own vector: a projection; no reloading, hooks untouched."""
     import conformance
 
     if kind == "hooked_transformer" and not conformance.has_hooked_transformer():

@@ -17,6 +17,9 @@ same reason, the same without the denominator ``‖Δμ_before‖``: the larger 
 mean of the two stages' input shifts, for which ``D Δh`` plus ``W̄ (Δh_after − Δh_before)``, with W̄
 the mean matrix, is exactly the change of the written shift.
 
+A matrix may stand out against the controls and yet write little of the change: G over the stage's
+relative DiD says how much (`judge.WRITTEN_SHARE`).
+
 Both are ranks under exchangeability of the target with its controls: they need controls generated
 like the target, and say nothing of a matrix that only passes the change on.
 """

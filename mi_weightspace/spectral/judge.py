@@ -15,6 +15,8 @@ from mi_weightspace.spectral.measure import Row
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
 GONE = "The matrix is gone: cosines describe, nothing is tested."
+WRITTEN_SHARE = 0.5
+"""A matrix is where a stage wrote a change only if it writes at least half of it."""
 ALIGNED_RATES = "accepted in 1 of 4 innocent later stages and 1 of 12 null stages (12 seeds)"
 
 
@@ -83,6 +85,9 @@ def _run_word(
         return Word.NOT_SIGNIFICANT, ()
     if values["stage_gate_p"] > alpha:
         return Word.ALIGNED_NOT_SPECIFIC, ()
+    if values["written_share"] < WRITTEN_SHARE:
+        share = f"{100 * values['written_share']:.0f} % of the stage's change is written here."
+        return Word.STAGE_DISTRIBUTED, (share,)
     return _vetoed(values, "resolved", "resolved_row_normalised") or Word.WRITTEN_HERE, ()
 
 

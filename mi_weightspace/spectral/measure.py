@@ -157,6 +157,7 @@ def _stage_values(row: Row, evidence: StageEvidence | None) -> None:
     row.values["stage_gate_p"] = evidence.gates[row.parts.stage].p
     if row.side == "write" and key in evidence.g:
         row.values |= {"G": evidence.g[key], "p_G": evidence.p_g[key]}
+        row.values["written_share"] = evidence.written_share(*key)
         row.values |= _named(row, evidence)
 
 

@@ -251,12 +251,13 @@ def _same_weights(found: WeightSource, ref: SourceRef | None) -> None:
 
 _COLUMNS = (
     "stage", "site", "layer", "kind", "side", "direction", "direction_layer", "verdict",
-    "stage_gate_p", "G", "p_G", "R", "R_lda", "p_sign", "p_row_normalised", "p_lda_rank",
-    "n_controls", "p_adjusted", "alpha", "cosine", "cosine_row_normalised", "cosine_without_loud",
-    "participation", "participation_direction", "energy_share", "effect_share", "subspace_energy",
-    "did_cosine", "did_energy", "named_k", "fro", "rel_fro", "null_edge", "certificate", "resolved",
-    "resolved_row_normalised", "subspace_k", "rounding_flag", "nuisance_cosine", "nuisance_name",
-    "explained_by", "p_isotropic", "p_covariance",
+    "stage_gate_p", "G", "p_G", "written_share", "R", "R_lda", "p_sign", "p_row_normalised",
+    "p_lda_rank", "n_controls", "p_adjusted", "alpha", "cosine", "cosine_row_normalised",
+    "cosine_without_loud", "participation", "participation_direction", "energy_share",
+    "effect_share", "subspace_energy", "did_cosine", "did_energy", "named_k", "fro", "rel_fro",
+    "null_edge", "certificate", "resolved", "resolved_row_normalised", "subspace_k",
+    "rounding_flag", "nuisance_cosine", "nuisance_name", "explained_by", "p_isotropic",
+    "p_covariance",
 )  # fmt: skip
 
 

@@ -55,6 +55,11 @@ class StageEvidence:
     activations: Mapping[str, PairedActivations]
     n_controls: int
 
+    def written_share(self, stage: str, site: str) -> float:
+        """G of a matrix over the stage's relative DiD: how much of the change it writes itself."""
+        statistic = self.gates[stage].statistic
+        return self.g[stage, site] / statistic if statistic > 0 else 0.0
+
     @property
     def smallest_p(self) -> float:
         return 1 / (self.n_controls + 1)

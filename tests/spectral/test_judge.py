@@ -26,7 +26,7 @@ SOUND: dict[str, Any] = {
     "p_sign": 0.001, "p_row_normalised": 0.001, "cosine": 0.9, "nuisance_cosine": 0.2,
     "nuisance_name": "activation mean", "n_controls": 39,
 }  # fmt: skip
-GATED: dict[str, Any] = {"stage_gate_p": 0.025, "G": 0.8, "p_G": 0.025}
+GATED: dict[str, Any] = {"stage_gate_p": 0.025, "G": 0.8, "p_G": 0.025, "written_share": 0.9}
 NEITHER: dict[str, Any] = {"resolved": False, "resolved_row_normalised": False}
 RANKED: dict[str, Any] = {"p_lda_rank": 0.025}
 
@@ -49,6 +49,12 @@ def ran(n_controls: int = 39) -> StageEvidence:
     [
         ({}, Word.WRITTEN_HERE, ""),
         ({"p_G": 0.05, "stage_gate_p": 0.05}, Word.WRITTEN_HERE, ""),
+        ({"written_share": 0.5}, Word.WRITTEN_HERE, ""),
+        (
+            {"written_share": 0.494},
+            Word.STAGE_DISTRIBUTED,
+            "49 % of the stage's change is written here.",
+        ),
         ({"p_G": 0.051}, Word.NOT_SIGNIFICANT, ""),
         ({"p_G": 0.051, "stage_gate_p": 0.5}, Word.NOT_SIGNIFICANT, ""),
         ({"stage_gate_p": 0.051}, Word.ALIGNED_NOT_SPECIFIC, ""),
