@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,8 @@ def hugging_face(
     # opening refuses what cannot be trusted before anything is built
     source = open_path(model) if isinstance(model, str | Path) else model
     base = source.base if isinstance(source, AdapterSource) else source
-    module: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    with without_bars():
+        module: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
     if isinstance(source, AdapterSource):
         _merge(module, source)
     module.eval()
@@ -99,6 +102,20 @@ def hugging_face(
     if tokenizer is None:  # an adapter folder need not carry its own
         tokenizer = find_tokenizer(base.path)
     return module if device is None else module.to(device), tokenizer
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the loading library's own progress bars; its setting is restored."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _merge(module: Any, adapter: AdapterSource) -> None:

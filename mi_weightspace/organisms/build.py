@@ -21,6 +21,7 @@ from mi_weightspace.core.contrasts import ContrastSet
 from mi_weightspace.core.errors import CheckpointError, ConfigError
 from mi_weightspace.core.readout import Readout
 from mi_weightspace.core.seeds import derive, generator
+from mi_weightspace.models.load import without_bars
 from mi_weightspace.organisms.language import Language
 from mi_weightspace.organisms.plant import plant_stages
 from mi_weightspace.organisms.prompts import CopyReadout, contrast_set, decoy_set, make_readout
@@ -199,20 +200,6 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_saving() -> Iterator[None]:
-    """Without the saving library's own progress bars; its setting is restored."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
 def ticker(chosen: Recipe, seed: int, progress: bool) -> Iterator[Tick]:
     """A progress bar over training steps."""
     if not progress:
@@ -261,7 +248,7 @@ def _write(chosen: Recipe, size: str, seed: int, key: str, folder: Path, tick: T
     models, found = _attempts(chosen, language, seed, tick)
     if chosen.carriers_measured:
         found["shares"] = carrier_shares(models["base"], models["sft"], language, seed)
-    with quiet_saving():
+    with without_bars():
         for stage, model in models.items():
             model.save_pretrained(folder / stage)
             language.tokenizer().save_pretrained(folder / stage)
