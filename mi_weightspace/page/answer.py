@@ -14,7 +14,7 @@ from typing import Any
 
 from mi_weightspace.core.report import Report
 from mi_weightspace.core.stats import binomial_interval
-from mi_weightspace.core.verdict import Word
+from mi_weightspace.core.verdict import Verdict, Word
 from mi_weightspace.page.markup import Frame, number, probability
 
 N_NUMBERS = 3
@@ -122,6 +122,16 @@ _STRENGTH = (
 )
 
 
+def _own_verdicts(report: Report) -> tuple[Verdict, ...]:
+    """Those about the question: of an attribution the stages', which stand first.
+
+    A matrix that reads the direction is judged from weights alone and may be aligned at a stage
+    that changed nothing; that is a detail of its table, not the answer.
+    """
+    stages = report.tables.get("stages") if report.kind == "attribution" else None
+    return report.verdicts if stages is None else report.verdicts[: max(1, len(stages))]
+
+
 def answer(reports: Sequence[Report], question: str = "") -> Answer:
     """The strongest report decides: attribution, else projection, else DMU, else the rest."""
     by_kind = {report.kind: report for report in reversed(reports)}
@@ -132,7 +142,7 @@ def answer(reports: Sequence[Report], question: str = "") -> Answer:
         meaning = "these runs describe; none of them tests"
         return Answer(question, "no verdict", "", meaning, numbers)
     ranked = sorted(
-        deciding.verdicts,
+        _own_verdicts(deciding),
         key=lambda v: _STRENGTH.index(v.word) if v.word in _STRENGTH else len(_STRENGTH),
     )
     best = ranked[0]

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 CARRIES = "carries"
 CONFIRMED_SHARE = 0.5
 """A confirmed carrier moves the readout, alone, by at least this share of the largest effect."""
+LEAST_CHANGE = 0.1
+"""Nats: where a stage moved the readout by less, nothing is said to carry it."""
 
 
 class AttributionReport(Report):
@@ -190,11 +192,15 @@ def _attribute_path(
 
 
 def carriers(path: PathAttribution) -> set[str]:
-    """Confirmed sites: alone, reverted and added averaged, at least half of the largest effect."""
+    """Confirmed sites: alone, reverted and added averaged, at least half of the largest effect.
+
+    None where the readout moved by less than `LEAST_CHANGE`.
+    """
     sign = 1.0 if path.change >= 0 else -1.0
     effect = sign * (path.add + path.revert) / 2
     tested = ~torch.isnan(effect)
-    if not bool(tested.any()) or float(effect[tested].max()) <= 0:
+    moved = abs(path.change) >= LEAST_CHANGE and bool(tested.any())
+    if not moved or float(effect[tested].max()) <= 0:
         return set()
     floor = CONFIRMED_SHARE * float(effect[tested].max())
     return {
