@@ -31,7 +31,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/activation_stats.py
 
 notebooks: $(STAMP)
-	$(BIN)/jupytext --to ipynb --execute --output notebooks/walkthrough.ipynb experiments/walkthrough.py
+	mkdir -p notebooks
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3
+	$(BIN)/jupytext --to ipynb --set-kernel python3 --output notebooks/walkthrough.ipynb experiments/walkthrough.py
+	PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace notebooks/walkthrough.ipynb
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -18,7 +18,7 @@ import mi_weightspace as mw
 import probes
 
 organism = mw.organisms.build("deference", size="micro", seed=0)
-organism.stages  # {"base": folder, "sft": folder, "dpo": folder}
+list(organism.stages)  # a dictionary: stage -> folder, in training order
 
 # %% [markdown]
 # ## From your own model folders
