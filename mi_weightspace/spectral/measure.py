@@ -26,7 +26,7 @@ from mi_weightspace.core.evidence import (
 )
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Side
-from mi_weightspace.core.stats import isotropic_cosine_p, rank_p
+from mi_weightspace.core.stats import isotropic_cosine_p, rank_p, sign_flips
 from mi_weightspace.models.weights import WeightSource
 from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, clears, folded
 from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
@@ -67,6 +67,7 @@ def measure(
     for row in rows:
         _describe(row)
         _stage_values(row, evidence)
+        _permutation(row, evidence)
     if source is None or not float(parts.facts.get("fro") or 0.0):  # pyright: ignore[reportArgumentType]
         return
     matrix = source.weight(parts.site).cpu()
@@ -147,6 +148,24 @@ def _covariance_p(u: Tensor, w: Tensor, direction: Direction, row: Row) -> float
     null = torch.randn(N_REFERENCE, len(w), generator=draw) * direction.variance.sqrt()
     null = null / null.norm(dim=1, keepdim=True)
     return float(rank_p((u @ w).abs(), (null @ u).abs()))
+
+
+def _permutation(row: Row, evidence: StageEvidence | None) -> None:
+    """Reference only: |cos| of u₁ with class-mean shifts whose sides were swapped pair by pair."""
+    if evidence is None or row.parts.stage not in evidence.activations or len(row.parts) == 0:
+        return
+    found = evidence.activations[row.parts.stage]
+    if row.direction.space.canonical not in {p.canonical for p in found.points}:
+        return
+    pairs = found.differences(evidence.target, row.direction.space)
+    if not bool(pairs.any()):
+        return
+    u = row.parts.vectors(row.side)[0]
+    name = f"permutation/{row.parts.site.name}/{row.side}"
+    null = sign_flips(len(pairs), N_REFERENCE, seed=0, name=name) @ pairs.double()
+    cosines = (null @ u.double()).abs() / null.norm(dim=1).clamp(min=1e-300)
+    observed = torch.tensor(row.values["cosine"], dtype=torch.float64)
+    row.values["p_permutation"] = float(rank_p(observed, cosines))
 
 
 def _stage_values(row: Row, evidence: StageEvidence | None) -> None:

@@ -257,7 +257,7 @@ _COLUMNS = (
     "effect_share", "subspace_energy", "did_cosine", "did_energy", "named_k", "fro", "rel_fro",
     "null_edge", "certificate", "resolved", "resolved_row_normalised", "subspace_k",
     "rounding_flag", "nuisance_cosine", "nuisance_name", "explained_by", "p_isotropic",
-    "p_covariance",
+    "p_covariance", "p_permutation",
 )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ DESIGN = (
 )  # fmt: skip
 OURS = (
     "participation_direction", "did_cosine", "did_energy", "named_k", "fro", "rel_fro",
-    "subspace_k", "p_isotropic", "p_covariance", "resolved_row_normalised", "explained_by",
-    "written_share",
+    "subspace_k", "p_isotropic", "p_covariance", "p_permutation", "resolved_row_normalised",
+    "explained_by", "written_share",
 )  # fmt: skip
 EVIDENCE = (
     "R", "R_lda", "p_sign", "p_row_normalised", "p_lda_rank", "cosine_row_normalised",

@@ -397,3 +397,21 @@ def test_readouts_with_words_or_ids_agree(deference: Organism) -> None:
     assert texts.yes == ids.yes
     for one, other in zip(texts.tokens(tokenizer), ids.tokens(tokenizer), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_permutation_column_is_a_rank_among_swapped_pairs(case: Case, answer: Any) -> None:
+    """Naive float64 over every pair; it stands beside the verdict and never gives one."""
+    from mi_weightspace.core.stats import sign_flips
+    from mi_weightspace.spectral.measure import N_REFERENCE
+
+    _, _, evidence, bank = case
+    site = "blocks.2.mlp.out"
+    row = answer.table.query("stage == 'sft' and site == @site and side == 'write'").iloc[0]
+    parts = mw.svd(case[0].diff("base", "sft"), site, progress=False)[site]
+    u = parts.write[0].double().numpy()
+    pairs = evidence.activations["sft"].differences("authority", "resid_post.2").double().numpy()
+    signs = sign_flips(len(pairs), N_REFERENCE, seed=0, name=f"permutation/{site}/write").numpy()
+    null = [abs(s @ pairs @ u) / np.linalg.norm(s @ pairs) for s in signs]
+    observed = abs(bank.direction(point="resid_post.2").pattern.double().numpy() @ u)
+    expected = (1 + sum(n >= observed for n in null)) / (N_REFERENCE + 1)
+    assert row["p_permutation"] == pytest.approx(expected)
