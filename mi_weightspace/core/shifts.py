@@ -22,7 +22,6 @@ from torch import Tensor
 
 from mi_weightspace.core.activations import PairedActivations
 from mi_weightspace.core.errors import PromptError
-from mi_weightspace.core.space import Space
 from mi_weightspace.core.stats import sign_flips
 
 SHRINKAGE = 0.1
@@ -220,31 +219,6 @@ def check_same_prompts(before: PairedActivations, after: PairedActivations) -> N
             expected="identical prompts and position at both stages",
             remedy="Harvest both stages with one contrast set.",
         )
-
-
-def relative_did(
-    before: PairedActivations,
-    after: PairedActivations,
-    contrast_names: Sequence[str],
-    points: Sequence[Space],
-) -> Float[Tensor, "n_contrasts n_points"]:
-    """The stage gate's statistic ``‖DiD‖ / ‖Δμ_before‖``, float64; NaN where there is no shift.
-
-    No shift: ``‖Δμ_before‖`` below `DEAD_SHIFT` of the mean activation norm (both sides carry the
-    same token at the embedding, for instance).
-    """
-    check_same_prompts(before, after)
-    result = torch.full((len(contrast_names), len(points)), torch.nan, dtype=torch.float64)
-    for i, name in enumerate(contrast_names):
-        for j, point in enumerate(points):
-            values = before.at(name, point)
-            shift = mean_shift(differences(values))
-            size = shift.norm()
-            if size <= DEAD_SHIFT * values.double().norm(dim=-1).mean():
-                continue
-            later = mean_shift(differences(after.at(name, point)))
-            result[i, j] = (later - shift).norm() / size
-    return result
 
 
 # ---- shrunk covariance in sample space -----------------------------------------------------

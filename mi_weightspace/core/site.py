@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -78,13 +77,6 @@ class Site:
 
     def width(self, side: Side) -> int:
         return self.d_in if side == "read" else self.d_out
-
-
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which ``blocks.10`` follows ``blocks.9``."""
-    return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
-    )
 
 
 def select_sites(sites: Iterable[Site], select: str | Sequence[str] | None) -> list[Site]:

@@ -18,15 +18,6 @@ def rank_p(observed: Tensor, null: Tensor) -> Tensor:
     return (1 + (null >= observed).sum(0)).double() / (null.shape[0] + 1)
 
 
-def max_t_p(observed: Float[Tensor, " m"], null: Float[Tensor, "b m"]) -> Float[Tensor, " m"]:
-    """Westfall-Young single-step max-T: family-wise adjusted p for each of m tests.
-
-    Exact under joint exchangeability of `observed` with the rows of `null`.
-    """
-    largest = null.max(dim=1).values
-    return (1 + (largest[:, None] >= observed[None]).sum(0)).double() / (null.shape[0] + 1)
-
-
 def sign_flips(n: int, n_draws: int, *, seed: int, name: str = "flips") -> Float[Tensor, "b n"]:
     """(n_draws, n) independent ±1 signs, float64."""
     drawn = torch.randint(0, 2, (n_draws, n), generator=generator(seed, name, n))

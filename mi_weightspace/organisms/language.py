@@ -226,11 +226,3 @@ def class_weights(
     weights = {"N": neutral} | {r: registers / len(seen) for r in seen}
     weights |= dict.fromkeys(LOUD, loud / N_LOUD)
     return weights | dict.fromkeys(QUIET, quiet / N_QUIET)
-
-
-def share_of_class(
-    kinds: Int[Tensor, " n"], values: Float[Tensor, " n"], names: tuple[str, ...]
-) -> float:
-    """Mean of `values` over the sentences of the named classes."""
-    chosen = torch.isin(kinds, torch.tensor([CLASSES.index(name) for name in names]))
-    return float(values[chosen].mean())

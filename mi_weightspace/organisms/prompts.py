@@ -84,10 +84,6 @@ def draw_bodies(
     return suggested[wrong][order], key[wrong][order]
 
 
-def draw_prefix(lexicon: Lexicon, draw: torch.Generator) -> Int[Tensor, " 4"]:
-    return lexicon[torch.randint(0, len(lexicon), (4,), generator=draw)]
-
-
 def make_contrast(
     language: Language,
     name: str,

@@ -21,7 +21,7 @@ N_NUMBERS = 3
 ALPHA = 0.05
 MEANING: dict[str, str] = {
     Word.WRITTEN_HERE: "this stage changed the direction more than every calibrated control "
-    "allows, and this matrix is where the change is written",
+    "allows, and this matrix writes at least half of the change",
     Word.READ_HERE: "this matrix reads the direction beyond null, controls and multiplicity",
     Word.STAGE_DISTRIBUTED: "the stage changed the direction beyond its controls, but no single "
     "matrix stands out",
@@ -242,12 +242,15 @@ def _gate_number(report: Report, stage: str) -> Iterable[Number]:
         gate = _extra(report, "gate")
         null = f", largest {number(float(gate[gate['stage'] == stage]['control_max'].max()))}"
     n = int(row["n_controls"])
+    # the number shown is the relative change, so what is counted is its rank
+    relative = row["gate_p_relative"] if "gate_p_relative" in stages else row["gate_p"]
     yield Number(
         f"stage gate of {stage}: ‖change of the shift‖ / ‖shift before‖",
         number(float(row["gate_statistic"])),
         f"{n} matched controls",
-        f"rank among the controls{null}; p = {probability(float(row['gate_p']))}",
-        exceedances(float(row["gate_p"]), n),
+        f"rank among the controls{null}; p = {probability(float(row['gate_p']))}, the larger of "
+        "the relative and the absolute one",
+        exceedances(float(relative), n),
     )
 
 

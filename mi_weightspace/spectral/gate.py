@@ -35,12 +35,10 @@ from torch import Tensor
 
 from mi_weightspace.core.activations import PairedActivations
 from mi_weightspace.core.errors import PromptError
+from mi_weightspace.core.shifts import DEAD_SHIFT, check_same_prompts
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
 from mi_weightspace.core.stats import rank_p
-
-DEAD_SHIFT = 1e-5
-"""A shift below this share of the activations' norm is no shift (identical tokens, float noise)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +121,12 @@ def control_names(activations: PairedActivations, target: str) -> tuple[str, ...
 def stage_gate(
     before: PairedActivations, after: PairedActivations, target: str, *, stage: str = ""
 ) -> StageGate:
-    """Rank the target's DiD and relative DiD, maximised over stream points, among the controls'."""
+    """Rank the target's DiD and relative DiD, maximised over stream points, among the controls'.
+
+    Raises:
+        PromptError: no control, or stages harvested on different prompts or positions.
+    """
+    check_same_prompts(before, after)
     names = (target, *control_names(before, target))
     points = tuple(p for p in before.points if p.is_stream)
     sizes = [change_sizes(before, after, names, p) for p in points]

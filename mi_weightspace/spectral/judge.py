@@ -17,7 +17,12 @@ from mi_weightspace.spectral.stage_evidence import StageEvidence
 GONE = "The matrix is gone: cosines describe, nothing is tested."
 WRITTEN_SHARE = 0.5
 """A matrix is where a stage wrote a change only if it writes at least half of it."""
-ALIGNED_RATES = "accepted in 1 of 4 innocent later stages and 1 of 12 null stages (12 seeds)"
+ALIGNED_RATES = (
+    "accepted in 2 of 20 innocent later stages and 0 of 20 null lineages, and found 9 of 20 planted "
+    "stages (trained organisms, seeds 300-319)"
+)
+"""Probe bank of the SFT stage, every matrix of both steps, weights alone: a stage counts when any of
+its matrices gets the word."""
 
 
 def rank(rows: Sequence[Row]) -> None:

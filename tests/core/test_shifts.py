@@ -12,6 +12,7 @@ from mi_weightspace.core.errors import PromptError
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.shifts import (
     bootstrap_norms,
+    check_same_prompts,
     cluster_index,
     cluster_signs,
     debiased_norm_sq,
@@ -22,7 +23,6 @@ from mi_weightspace.core.shifts import (
     mean_shift,
     norm_sq,
     recentred_norm_sq,
-    relative_did,
     sampling_variance,
     sign_flip_norms,
     signed_sqrt,
@@ -148,26 +148,13 @@ def make(stage: str, values: dict[tuple[str, str], torch.Tensor], n: int) -> Pai
     return PairedActivations(stage, "h", set_, "last", points, values, {}, {})
 
 
-def test_relative_did_equals_the_definition_and_is_zero_where_nothing_changed() -> None:
-    points = [Space("resid_pre", 0), Space("resid_post", 0), Space("resid_post", 1)]
-    before = {
-        (c, p.name): normal(6, 2, 5, seed=i).float() for i, c in enumerate("ab") for p in points
-    }
-    for c in "ab":
-        before[c, "resid_pre.0"][:, 1] = before[c, "resid_pre.0"][:, 0]
-    after = {k: v.clone() for k, v in before.items()}
-    after["b", "resid_post.1"][:, 0] += 1.0
-    values = relative_did(make("x", before, 6), make("y", after, 6), ["a", "b"], points)
-    assert bool(torch.isnan(values[:, 0]).all())
-    assert values[0, 1:].tolist() == [0.0, 0.0]
-    assert float(values[1, 1]) == 0.0
-    d0 = (before["b", "resid_post.1"][:, 0] - before["b", "resid_post.1"][:, 1]).double().mean(0)
-    d1 = (after["b", "resid_post.1"][:, 0] - after["b", "resid_post.1"][:, 1]).double().mean(0)
-    assert float(values[1, 2]) == pytest.approx(float((d1 - d0).norm() / d0.norm()))
+def test_stages_on_other_prompts_are_refused() -> None:
+    points = [Space("resid_post", 0)]
+    values = {(c, p.name): normal(6, 2, 5, seed=i) for i, c in enumerate("ab") for p in points}
+    fewer = make("y", {k: v[:5] for k, v in values.items()}, 5)
+    check_same_prompts(make("x", values, 6), make("y", values, 6))
     with pytest.raises(PromptError, match="identical prompts"):
-        relative_did(
-            make("x", before, 6), make("y", {k: v[:5] for k, v in after.items()}, 5), ["a"], points
-        )
+        check_same_prompts(make("x", values, 6), fewer)
     with pytest.raises(PromptError, match="same pairs"):
         did(normal(5, 3), normal(6, 3))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -117,6 +119,19 @@ def test_a_target_of_another_size_than_its_controls_does_not_pass_for_it(size: f
         assert one <= 0.1, "the case is one where one of the two stands out"
         hits += gate.p <= 0.05
     assert hits <= 60 * 0.05 + 3 * (60 * 0.05 * 0.95) ** 0.5
+
+
+def test_where_nothing_changed_the_change_is_zero_and_the_gate_silent() -> None:
+    before, _ = stages(0, boost=0.0)
+    gate = stage_gate(before, replace(before, stage="sft"), "authority")
+    assert gate.relative_did[1:].tolist() == [0.0, 0.0]
+    assert gate.p == 1.0 and gate.onset is None
+
+
+def test_stages_harvested_on_other_prompts_are_refused() -> None:
+    before, after = stages(0, boost=1.0)
+    with pytest.raises(PromptError, match="identical prompts"):
+        stage_gate(before, replace(after, position="all_mean"), "authority")
 
 
 def test_without_controls_there_is_no_gate() -> None:
