@@ -18,11 +18,12 @@ GONE = "The matrix is gone: cosines describe, nothing is tested."
 WRITTEN_SHARE = 0.5
 """A matrix is where a stage wrote a change only if it writes at least half of it."""
 ALIGNED_RATES = (
-    "accepted in 2 of 20 innocent later stages and 0 of 20 null lineages, and found 9 of 20 planted "
-    "stages (trained organisms, seeds 300-319)"
+    "accepted in 2 of 20 innocent later stages and 0 of 20 null lineages, and found 9 of 20 "
+    "planted stages (trained organisms, seeds 300-319)"
 )
-"""Probe bank of the SFT stage, every matrix of both steps, weights alone: a stage counts when any of
-its matrices gets the word."""
+"""Probe bank of the SFT stage, every matrix of both steps, weights alone.
+
+A stage counts when any of its matrices gets the word."""
 
 
 def rank(rows: Sequence[Row]) -> None:
