@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "models": {"core"},
     "organisms": {"core", "models"},
     "spectral": {"core", "models"},
+    "vpd": {"core", "models"},
     "commands": {"core", "models", "spectral", "organisms", "mi_weightspace", "probes"},
     "probes": {"core", "models"},
 }
