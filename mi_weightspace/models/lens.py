@@ -24,6 +24,11 @@ Backend = Literal["torch", "transformer_lens", "nnsight"]
 SiteFunction = Callable[[Float[Tensor, "*batch d_in"]], Float[Tensor, "*batch d_out"]]
 """Replaces a matrix *and its bias*: receives the site's input, returns the site's output."""
 
+SiteAdjustment = Callable[
+    [Float[Tensor, "*batch d_in"], Float[Tensor, "*batch d_out"]], Float[Tensor, "*batch d_out"]
+]
+"""Changes what a matrix returned: receives the site's input and the host's own output."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -109,8 +114,36 @@ class Lens(Protocol):
         """
         ...
 
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """Logits alone, for training loops: gradients as the caller's mode says.
+
+        The modules' modes are checked at every call unless it is made within `evaluation`.
+        """
+        ...
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Within the context the model is in evaluation mode, checked once, on entering."""
+        ...
+
     def replaced(self, functions: Mapping[str, SiteFunction]) -> AbstractContextManager[None]:
         """Within the context, each named site computes its function; gradients flow."""
+        ...
+
+    def adjusted(self, functions: Mapping[str, SiteAdjustment]) -> AbstractContextManager[None]:
+        """Within the context each named site's output (bias included) is ``f(x, y_host)``.
+
+        `x` is the site's input (token ids for ``embed``) and `y_host` what the host's own module
+        returned, bit for bit: an edited host's where an edit or `replaced` is active, an outer
+        function's where contexts are nested. Sites fused with these keep their rows; the user's
+        own hooks come after. Gradients flow into what `f` closes over and through both arguments.
+
+        Raises:
+            SiteError: an unknown site, or (when run) a value that is not of `y_host`'s shape.
+        """
         ...
 
     def with_edit(self, edit: Edit) -> Lens:

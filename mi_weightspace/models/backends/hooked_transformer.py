@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from mi_weightspace.core.errors import ArchitectureError, ProcessedWeightsError
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
-from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap
+from mi_weightspace.models.backends.adjust import Rows, SiteHook, Whole, hooked
+from mi_weightspace.models.backends.hooks import HookedLens
+from mi_weightspace.models.backends.taps import StreamFunction, Tap
 from mi_weightspace.models.families import FAMILIES
 from mi_weightspace.models.grammar import ModelShape
-from mi_weightspace.models.lens import SiteFunction
+from mi_weightspace.models.lens import SiteAdjustment, SiteFunction
 
 _ARCHITECTURES = {
     "GPT2LMHeadModel": "gpt2",
@@ -171,7 +173,9 @@ class HookedTransformerLens(HookedLens):
         return self.model.ln_final, self.weight("unembed")
 
     # ---- running ---------------------------------------------------------------------------
-    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:  # without one the library reads padding tokens as masked out
+            mask = torch.ones_like(tokens)
         return self.model(tokens, attention_mask=mask, return_type="logits")
 
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
@@ -211,8 +215,32 @@ class HookedTransformerLens(HookedLens):
                 stack.enter_context(_computed(read, write, function))
             yield
 
+    def _output(self, name: str) -> tuple[nn.Module, Rows | None]:
+        return self._site_tap(self.site(name), "out").module, None
 
-class _Put:
+    @contextmanager
+    def _adjusting(self, functions: Mapping[str, SiteAdjustment]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, function in functions.items():
+                inputs = stack.enter_context(_watched(self._site_tap(self.site(name), "in")))
+                hook = _Adjust(name, function, inputs)
+                stack.enter_context(hooked([(self._output(name)[0], hook)]))
+            yield
+
+
+class _Adjust(Whole):
+    """An adjustment whose input was seen elsewhere than at the module the output leaves."""
+
+    def __init__(self, name: str, function: SiteAdjustment, inputs: list[Tensor]) -> None:
+        super().__init__(name, function)
+        self.inputs = inputs
+
+    def __call__(self, _m: Any, _a: Any, _k: Any, output: Tensor) -> Tensor:
+        new = super().__call__(_m, (self.inputs.pop(),), {}, _flat(output))
+        return new.reshape(output.shape)
+
+
+class _Put(SiteHook):
     """Forward hook that writes the function's value; silent while an inner one is active."""
 
     def __init__(self, function: SiteFunction, inputs: list[Tensor]) -> None:
@@ -225,25 +253,10 @@ class _Put:
 
 @contextmanager
 def _computed(read: Tap, write: Tap, function: SiteFunction) -> Iterator[None]:
-    inputs: list[Tensor] = []
-
-    def flat(x: Tensor) -> Tensor:
-        return x if x.ndim < 4 else x.flatten(2)
-
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[:] = [flat(args[0] if args else kwargs[read.argument])]
-
-    def seen(_m: Any, _a: Any, output: Tensor) -> None:
-        inputs[:] = [flat(output)]
-
     outer = [h for h in write.module._forward_hooks.values() if isinstance(h, _Put)]
     silenced = [put for put in outer if not put.silent]
     with ExitStack() as stack:
-        if read.side == "in":
-            handle = read.module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = read.module.register_forward_hook(seen)
-        stack.callback(handle.remove)
+        inputs = stack.enter_context(_watched(read))
         # first in line, so that the user's own hooks see the replaced output
         put = write.module.register_forward_hook(_Put(function, inputs), prepend=True)
         stack.callback(put.remove)
@@ -254,6 +267,31 @@ def _computed(read: Tap, write: Tap, function: SiteFunction) -> Iterator[None]:
         finally:
             for hook in silenced:
                 hook.silent = False
+
+
+@contextmanager
+def _watched(read: Tap) -> Iterator[list[Tensor]]:
+    """A list that holds the value last seen at the tap, (batch, tokens, d)."""
+    inputs: list[Tensor] = []
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[:] = [_flat(args[0] if args else kwargs[read.argument])]
+
+    def seen(_m: Any, _a: Any, output: Tensor) -> None:
+        inputs[:] = [_flat(output)]
+
+    if read.side == "in":
+        handle = read.module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = read.module.register_forward_hook(seen)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.ndim < 4 else x.flatten(2)
 
 
 def _embed_scale(shape: ModelShape, dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@ hooks, edits, the edited handle and the fingerprint are here, once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,33 +19,17 @@ from torch import Tensor, nn
 from mi_weightspace.core.errors import ArchitectureError, SiteError
 from mi_weightspace.core.site import Site, select_sites
 from mi_weightspace.core.space import Space
+from mi_weightspace.models.backends.adjust import Rows, hooked, site_hooks
+from mi_weightspace.models.backends.taps import (
+    StopForward,
+    StreamFunction,
+    Tap,
+    capturing,
+    streaming,
+)
 from mi_weightspace.models.fingerprint import fingerprint
 from mi_weightspace.models.grammar import ModelShape, sites_of
-from mi_weightspace.models.lens import Edit, RunResult, SiteFunction
-
-StreamFunction = Callable[[Tensor], Tensor]
-
-
-class StopForward(Exception):
-    """Raised by the last wanted hook so that the rest of the model is not run."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tap:
-    """A place of the forward pass: one side of a module.
-
-    Attributes:
-        rows: the coordinates wanted of a fused output; None is all.
-        argument: name of the input, where the module is called by keyword.
-        carries: for a stream point read at the *input* of a branch, the block whose output the
-            same change must reach (the skip connection does not pass through the branch).
-    """
-
-    module: nn.Module
-    side: Literal["in", "out"]
-    rows: Int[Tensor, " d"] | None = None
-    argument: str = "hidden_states"
-    carries: nn.Module | None = None
+from mi_weightspace.models.lens import Edit, RunResult, SiteAdjustment, SiteFunction
 
 
 @dataclass(eq=False)
@@ -67,6 +51,7 @@ class HookedLens(ABC):
         self.shape: ModelShape = self._read_shape()
         self._sites = {site.name: site for site in sites_of(self.shape)}
         self._identity: tuple[int, str] | None = None
+        self._evaluations = 0
 
     # ---- what a backend provides -----------------------------------------------------------
     @property
@@ -95,7 +80,7 @@ class HookedLens(ABC):
 
     @abstractmethod
     def _forward(
-        self, tokens: Int[Tensor, "batch tokens"], mask: Int[Tensor, "batch tokens"]
+        self, tokens: Int[Tensor, "batch tokens"], mask: Int[Tensor, "batch tokens"] | None
     ) -> Float[Tensor, "batch tokens vocab"]: ...
 
     @abstractmethod
@@ -109,6 +94,10 @@ class HookedLens(ABC):
     def _replacing(
         self, functions: Mapping[str, SiteFunction]
     ) -> AbstractContextManager[None, bool | None]: ...
+
+    @abstractmethod
+    def _output(self, name: str) -> tuple[nn.Module, Rows | None]:
+        """The module whose output is the site's, and which of its coordinates are (None: all)."""
 
     def _embed_scale(self) -> float:
         """Factor between the embedding matrix's column and what the module returns."""
@@ -163,6 +152,28 @@ class HookedLens(ABC):
         return points
 
     # ---- running ---------------------------------------------------------------------------
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        with evaluating(self.root):
+            self._evaluations += 1
+            try:
+                yield
+            finally:
+                self._evaluations -= 1
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        with ExitStack() as stack:
+            if not self._evaluations:
+                stack.enter_context(evaluating(self.root))
+            if self.edit is not None:
+                stack.enter_context(self._edited(self.edit))
+            return self._forward(tokens.to(self.device), mask)
+
     def run(
         self,
         tokens: Int[Tensor, "batch tokens"],
@@ -242,6 +253,18 @@ class HookedLens(ABC):
         with self._replacing(functions):
             yield
 
+    def adjusted(
+        self, functions: Mapping[str, SiteAdjustment]
+    ) -> AbstractContextManager[None, bool | None]:
+        for name in functions:
+            self.site(name)
+        return self._adjusting(functions)
+
+    def _adjusting(
+        self, functions: Mapping[str, SiteAdjustment]
+    ) -> AbstractContextManager[None, bool | None]:
+        return hooked(site_hooks((n, *self._output(n), f) for n, f in functions.items()))
+
     def with_edit(self, edit: Edit) -> HookedLens:
         if self.edit is not None:
             edit = combine(self.edit, edit)
@@ -301,14 +324,14 @@ def _then(first: StreamFunction, second: StreamFunction) -> StreamFunction:
     return lambda x: second(first(x))
 
 
-def forward_arguments(tokens: Tensor, mask: Tensor) -> dict[str, Any]:
+def forward_arguments(tokens: Tensor, mask: Tensor | None) -> dict[str, Any]:
     """Arguments of a Hugging Face forward pass; positions are given where rows are left-padded.
 
     GPT-2 numbers positions from the first column, mask or not: without `position_ids` a
     left-padded prompt would be read from the wrong position on, in silence.
     """
     arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-    if bool((mask[:, 0] == 0).any()):
+    if mask is not None and bool((mask[:, 0] == 0).any()):
         arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
     return arguments
 
@@ -324,75 +347,3 @@ def evaluating(root: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _flat(value: Any) -> Tensor:
-    """The main tensor of a module's output, heads flattened: (batch, tokens, d)."""
-    tensor = value[0] if isinstance(value, tuple) else value
-    return tensor if tensor.ndim < 4 else tensor.flatten(2)
-
-
-@contextmanager
-def capturing(tap: Tap, name: str, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-    if tap.side == "in":
-
-        def pre(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(name, _flat(args[0] if args else kwargs[tap.argument]))
-
-        handle = tap.module.register_forward_pre_hook(pre, with_kwargs=True)
-    else:
-
-        def post(_m: Any, _a: Any, output: Any) -> None:
-            value = _flat(output)
-            keep(name, value if tap.rows is None else value[..., tap.rows.to(value.device)])
-
-        handle = tap.module.register_forward_hook(post)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def streaming(tap: Tap, change: StreamFunction) -> Iterator[None]:
-    """Within the context the value at `tap` is `change` of it, for all that reads it."""
-    with ExitStack() as stack:
-        if tap.side == "in":
-            moved: list[Tensor] = []
-
-            def new(x: Tensor) -> Tensor:
-                out = change(x)
-                if tap.carries is not None:
-                    moved[:] = [out - x]
-                return out
-
-            def pre(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if args:
-                    return (new(args[0]), *args[1:]), kwargs
-                return args, {**kwargs, tap.argument: new(kwargs[tap.argument])}
-
-            stack.callback(tap.module.register_forward_pre_hook(pre, with_kwargs=True).remove)
-            if tap.carries is not None:
-                carry = tap.carries.register_forward_hook(
-                    lambda _m, _a, output: _change_first(output, lambda y: y + moved.pop())
-                )
-                stack.callback(carry.remove)
-        else:
-
-            def part(y: Tensor) -> Tensor:
-                if tap.rows is None:
-                    return change(y.flatten(2)).reshape(y.shape) if y.ndim == 4 else change(y)
-                rows = tap.rows.to(y.device)
-                return y.index_copy(-1, rows, change(y[..., rows]))
-
-            handle = tap.module.register_forward_hook(
-                lambda _m, _a, output: _change_first(output, part)
-            )
-            stack.callback(handle.remove)
-        yield
-
-
-def _change_first(output: Any, change: StreamFunction) -> Any:
-    if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    return change(output)

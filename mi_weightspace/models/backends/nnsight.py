@@ -27,7 +27,7 @@ class NNsightLens(TorchLens):
     def root(self) -> nn.Module:
         return self.model._module
 
-    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if not getattr(self.model, "_edits", None):
             return super()._forward(tokens, mask)
         from nnsight import save

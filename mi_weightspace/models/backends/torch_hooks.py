@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from mi_weightspace.core.errors import ArchitectureError, CheckpointError
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
-from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap, forward_arguments
+from mi_weightspace.models.backends.adjust import Rows
+from mi_weightspace.models.backends.hooks import HookedLens, forward_arguments
+from mi_weightspace.models.backends.taps import StreamFunction, Tap
 from mi_weightspace.models.grammar import (
     ModelShape,
     canonical,
@@ -107,6 +109,7 @@ class TorchLens(HookedLens):
     def __post_init__(self) -> None:
         _refuse_wrapped(self.root)
         super().__post_init__()
+        self._places: dict[str, tuple[tuple[str, ...], Rows | None]] = {}
         for site in self._sites.values():
             self._check_module(site)
 
@@ -179,12 +182,26 @@ class TorchLens(HookedLens):
     def _embed_scale(self) -> float:
         return float(getattr(self.module("embed"), "embed_scale", 1.0))
 
-    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return self.root(**forward_arguments(tokens, mask)).logits
 
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
         rows = row_index(site, self.shape) if side == "out" else None
         return Tap(self.module(site), side, rows)
+
+    def _output(self, name: str) -> tuple[nn.Module, Rows | None]:
+        found = self._places.get(name)
+        if found is None:
+            found = self._places[name] = self._place(self.site(name))
+        module: Any = self.root
+        for leaf in found[0]:  # `get_submodule` takes ten times as long, and training asks often
+            module = module._modules[leaf]
+        return module, found[1]
+
+    def _place(self, site: Site) -> tuple[tuple[str, ...], Rows | None]:
+        index = row_index(site, self.shape)
+        rows = None if index is None else Rows.of(index, _out_features(self.module(site)))
+        return tuple(module_path(site, self.shape).split(".")), rows
 
     def _stream_tap(self, space: Space) -> Tap | None:
         table = self.shape.table

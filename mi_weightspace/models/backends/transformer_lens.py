@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from mi_weightspace.core.errors import ArchitectureError, CheckpointError
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
+from mi_weightspace.models.backends.adjust import Rows
 from mi_weightspace.models.backends.hooked_transformer import (
     HookedTransformerLens,
     refuse_centred,
     refuse_processed,
 )
-from mi_weightspace.models.backends.hooks import HookedLens, StreamFunction, Tap, forward_arguments
+from mi_weightspace.models.backends.hooks import HookedLens, forward_arguments
+from mi_weightspace.models.backends.taps import StreamFunction, Tap
 from mi_weightspace.models.backends.torch_hooks import SiteModule
 from mi_weightspace.models.grammar import ModelShape, shape_of
 from mi_weightspace.models.lens import SiteFunction
@@ -112,11 +114,14 @@ class BridgeLens(HookedLens):
     def _embed_scale(self) -> float:
         return float(getattr(self.module("embed"), "embed_scale", 1.0))
 
-    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return self.root(**forward_arguments(tokens, mask)).logits
 
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
         return Tap(self.module(site), side)
+
+    def _output(self, name: str) -> tuple[nn.Module, Rows | None]:
+        return self.module(name), None
 
     def _stream_tap(self, space: Space) -> Tap | None:
         table = self.shape.table
