@@ -118,10 +118,21 @@ class Lens(Protocol):
         self,
         tokens: Int[Tensor, "batch tokens"],
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        *,
+        start: tuple[int, Float[Tensor, "batch tokens d_model"]] | None = None,
     ) -> Float[Tensor, "batch tokens vocab"]:
         """Logits alone, for training loops: gradients as the caller's mode says.
 
         The modules' modes are checked at every call unless it is made within `evaluation`.
+
+        Args:
+            start: (layer, what enters that block, as captured at ``resid_pre.LAYER`` on the same
+                tokens). The embeddings and the blocks in front are not computed; the logits are
+                those of the whole pass, bit for bit.
+
+        Raises:
+            SiteError: a start outside the model, or a residual of another shape.
+            ArchitectureError: a model that cannot be started in the middle.
         """
         ...
 

@@ -178,6 +178,10 @@ class HookedTransformerLens(HookedLens):
             mask = torch.ones_like(tokens)
         return self.model(tokens, attention_mask=mask, return_type="logits")
 
+    def _resumed(self, layer: int, residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        mask = torch.ones_like(tokens) if mask is None else mask
+        return self.model(residual, start_at_layer=layer, attention_mask=mask, return_type="logits")
+
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
         if site.layer is None:
             argument = "input" if site.kind == "embed" else "residual"

@@ -84,6 +84,16 @@ class HookedLens(ABC):
     ) -> Float[Tensor, "batch tokens vocab"]: ...
 
     @abstractmethod
+    def _resumed(
+        self,
+        layer: int,
+        residual: Float[Tensor, "batch tokens d_model"],
+        tokens: Int[Tensor, "batch tokens"],
+        mask: Int[Tensor, "batch tokens"] | None,
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """The forward pass from the block `layer` on, nothing in front of it computed."""
+
+    @abstractmethod
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap: ...
 
     @abstractmethod
@@ -165,14 +175,30 @@ class HookedLens(ABC):
         self,
         tokens: Int[Tensor, "batch tokens"],
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        *,
+        start: tuple[int, Float[Tensor, "batch tokens d_model"]] | None = None,
     ) -> Float[Tensor, "batch tokens vocab"]:
+        if start is not None:
+            self._check_start(tokens, *start)
         mask = None if attention_mask is None else attention_mask.to(self.device)
         with ExitStack() as stack:
             if not self._evaluations:
                 stack.enter_context(evaluating(self.root))
             if self.edit is not None:
                 stack.enter_context(self._edited(self.edit))
+            if start is not None:
+                return self._resumed(*start, tokens.to(self.device), mask)
             return self._forward(tokens.to(self.device), mask)
+
+    def _check_start(self, tokens: Tensor, layer: int, residual: Tensor) -> None:
+        expected = (*tokens.shape, self.shape.d_model)
+        if not 0 <= layer < self.shape.n_layers or residual.shape != expected:
+            raise SiteError(
+                f"start of a forward pass at block {layer}",
+                given=f"a residual of shape {tuple(residual.shape)}",
+                expected=f"a block below {self.shape.n_layers} and shape {expected}",
+                remedy="Capture `resid_pre.LAYER` on the same tokens.",
+            )
 
     def run(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mi_weightspace.core.errors import ArchitectureError
 from mi_weightspace.models.backends.hooks import forward_arguments
 from mi_weightspace.models.backends.torch_hooks import Piece, SiteModule, TorchLens
 
@@ -35,6 +36,16 @@ class NNsightLens(TorchLens):
         with self.model.trace(**forward_arguments(tokens, mask)):
             logits = save(self.model.output.logits)
         return logits  # noqa: RET504  (nnsight reads the block's source)
+
+    def _resumed(self, layer: int, residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if getattr(self.model, "_edits", None):
+            raise ArchitectureError(
+                f"start of a forward pass at block {layer}",
+                given="an nnsight model with stored edits, which may wait for a block in front",
+                expected="a model without stored edits",
+                remedy="Clear them with `model.clear_edits()`, or run the whole pass.",
+            )
+        return super()._resumed(layer, residual, tokens, mask)
 
     @contextmanager
     def _swapped(self, path: str, pieces: Sequence[Piece]) -> Iterator[None]:

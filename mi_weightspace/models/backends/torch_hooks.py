@@ -21,6 +21,7 @@ from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
 from mi_weightspace.models.backends.adjust import Rows
 from mi_weightspace.models.backends.hooks import HookedLens, forward_arguments
+from mi_weightspace.models.backends.prefix import Prefix
 from mi_weightspace.models.backends.taps import StreamFunction, Tap
 from mi_weightspace.models.grammar import (
     ModelShape,
@@ -109,6 +110,7 @@ class TorchLens(HookedLens):
     def __post_init__(self) -> None:
         _refuse_wrapped(self.root)
         super().__post_init__()
+        self._prefix: Prefix | None = None
         self._places: dict[str, tuple[tuple[str, ...], Rows | None]] = {}
         for site in self._sites.values():
             self._check_module(site)
@@ -184,6 +186,12 @@ class TorchLens(HookedLens):
 
     def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return self.root(**forward_arguments(tokens, mask)).logits
+
+    def _resumed(self, layer: int, residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if self._prefix is None:
+            self._prefix = Prefix(self.root, self.shape.table.blocks)
+        tap = Tap(self.at(f"{self.shape.table.blocks}.{layer}"), "in")
+        return self._prefix.logits(layer, tap, residual, mask)
 
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
         rows = row_index(site, self.shape) if side == "out" else None

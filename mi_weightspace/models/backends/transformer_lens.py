@@ -26,6 +26,7 @@ from mi_weightspace.models.backends.hooked_transformer import (
     refuse_processed,
 )
 from mi_weightspace.models.backends.hooks import HookedLens, forward_arguments
+from mi_weightspace.models.backends.prefix import Prefix
 from mi_weightspace.models.backends.taps import StreamFunction, Tap
 from mi_weightspace.models.backends.torch_hooks import SiteModule
 from mi_weightspace.models.grammar import ModelShape, shape_of
@@ -42,6 +43,7 @@ class BridgeLens(HookedLens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._prefix: Prefix | None = None
         if getattr(self.model, "_weights_processed", False):
             raise refuse_processed("TransformerBridge", "processed by enable_compatibility_mode()")
         refuse_centred(self, "TransformerBridge")
@@ -116,6 +118,13 @@ class BridgeLens(HookedLens):
 
     def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         return self.root(**forward_arguments(tokens, mask)).logits
+
+    def _resumed(self, layer: int, residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if self._prefix is None:
+            self._prefix = Prefix(self.root, self.shape.table.blocks)
+        # inside the block, past the user's `hook_resid_pre`, where `resid_pre` is captured
+        tap = Tap(self.model.blocks[layer].original_component, "in")
+        return self._prefix.logits(layer, tap, residual, mask)
 
     def _site_tap(self, site: Site, side: Literal["in", "out"]) -> Tap:
         return Tap(self.module(site), side)
