@@ -140,6 +140,14 @@ class Lens(Protocol):
         """Within the context the model is in evaluation mode, checked once, on entering."""
         ...
 
+    def written_attention(self) -> AbstractContextManager[None]:
+        """Within the context attention is written out: matrix products and a softmax.
+
+        On a CPU this is often faster to train through than the fused kernel, and the gradient of
+        its gradient exists. Equal to the default up to rounding.
+        """
+        ...
+
     def replaced(self, functions: Mapping[str, SiteFunction]) -> AbstractContextManager[None]:
         """Within the context, each named site computes its function; gradients flow."""
         ...

@@ -1,4 +1,4 @@
-"""A forward pass started at a block is the whole pass, bit for bit, without its beginning."""
+"""Forward passes that start at a block (the whole pass, bit for bit), and written attention."""
 
 from __future__ import annotations
 
@@ -131,3 +131,41 @@ def test_bad_starts_and_an_error_on_the_way(tmp_path: Any) -> None:
     stored: Any = load(theirs, verify=False)
     with pytest.raises(ArchitectureError, match="stored edits"):
         stored.forward(TOKENS, start=(1, residual))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", toy.FAMILIES)
+def test_written_attention_is_the_default_up_to_rounding(
+    backend: str, family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And calls no fused kernel, which the default does where the library has one."""
+    lens = build(backend, family, tmp_path)
+    fused: list[int] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        fused.append(1)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    for mask in (None, MASK):
+        with untouched(lens.root), torch.no_grad():
+            plain = lens.forward(TOKENS, mask)
+            used = len(fused)
+            config = getattr(lens.root, "config", None)
+            before = getattr(config, "_attn_implementation", None)
+            with lens.written_attention():
+                written = lens.forward(TOKENS, mask)
+                start = lens.run(TOKENS, attention_mask=mask, capture=["resid_pre.2"])
+                resumed = lens.forward(TOKENS, mask, start=(2, start.captured["resid_pre.2"]))
+            assert len(fused) == used
+            assert getattr(config, "_attn_implementation", None) == before
+            assert torch.equal(lens.forward(TOKENS, mask), plain)
+        assert torch.equal(resumed, written)
+        kept = MASK.bool() if mask is not None else torch.ones_like(MASK).bool()
+        assert conformance.close(written[kept], plain[kept])
+    if backend in {"torch", "nnsight"} and family not in {"gptj", "gemma2"}:
+        assert fused, "the default of these is the fused kernel"
+    with pytest.raises(KeyError), lens.written_attention():
+        raise KeyError("mine")
+    assert getattr(config, "_attn_implementation", None) == before

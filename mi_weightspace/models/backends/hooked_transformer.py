@@ -178,6 +178,11 @@ class HookedTransformerLens(HookedLens):
             mask = torch.ones_like(tokens)
         return self.model(tokens, attention_mask=mask, return_type="logits")
 
+    @contextmanager
+    def written_attention(self) -> Iterator[None]:
+        """The library writes attention out in any case."""
+        yield
+
     def _resumed(self, layer: int, residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         mask = torch.ones_like(tokens) if mask is None else mask
         return self.model(residual, start_at_layer=layer, attention_mask=mask, return_type="logits")

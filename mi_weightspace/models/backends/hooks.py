@@ -171,6 +171,21 @@ class HookedLens(ABC):
             finally:
                 self._evaluations -= 1
 
+    @contextmanager
+    def written_attention(self) -> Iterator[None]:
+        found = [getattr(module, "config", None) for module in self.root.modules()]
+        configs: dict[int, Any] = {
+            id(config): config for config in found if hasattr(config, "_attn_implementation")
+        }
+        before = [(config, config._attn_implementation) for config in configs.values()]
+        try:
+            for config in configs.values():
+                config._attn_implementation = "eager"
+            yield
+        finally:
+            for config, name in before:
+                config._attn_implementation = name
+
     def forward(
         self,
         tokens: Int[Tensor, "batch tokens"],
