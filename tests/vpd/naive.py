@@ -48,7 +48,7 @@ class _Upper(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (z,), (grad,) = ctx.saved_tensors, grads
-        above, inside = (z > 1).to(z.dtype), ((z > 0) & (z <= 1)).to(z.dtype)
+        above, inside = (z > 1).to(z.dtype), ((z >= 0) & (z <= 1)).to(z.dtype)  # as torch's clamp
         return grad * (ctx.leak * above + inside), None
 
 

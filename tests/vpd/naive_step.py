@@ -177,7 +177,7 @@ class Draw:
 
 @dataclass
 class Term:
-    """A reconstruction term with its draws.
+    """A reconstruction term with its draws; `hidden_weight` is the rider's own coefficient.
 
     `stochastic`: mean over `draws`. `fresh`: sign ascent of draws[0]. `persistent`: `sources`.
     `merged`: `sources` where `adversarial` (B,), else draws[0]. `pooled`: `pool`, `chosen` (B).
@@ -285,13 +285,15 @@ def _kept(
     batch, tokens = shape[0], shape[1] if len(shape) == 2 else None
     state: Any = term.sources if term.pool is None else term.pool
 
-    def draw_of(leaves: BySite) -> Draw:
+    def draw_of(leaves: BySite, *, warm: bool) -> Draw:
+        """Warm-up ascents see every site and every row, whatever the loss sees."""
+        mix = (lambda r, d: Draw(r, d)) if warm else (lambda r, d: _mixed(term, r, d))
         if term.pool is None:
-            return _mixed(term, *state.spread(leaves, batch, tokens))
+            return mix(*state.spread(leaves, batch, tokens))
         wide = {n: t if tokens is None else t.unsqueeze(1) for n, t in leaves.items()}
         wide = {n: t.expand(*shape, t.shape[-1]) for n, t in wide.items()}
         r, d = {n: t[..., :-1] for n, t in wide.items()}, {n: t[..., -1] for n, t in wide.items()}
-        return _mixed(term, r, d)
+        return mix(r, d)
 
     def leaves_of() -> BySite:
         if term.pool is None:
@@ -306,11 +308,13 @@ def _kept(
 
     for _ in range(term.n_warm):
         leaves = leaves_of()
-        state = ascended(_grads(stage.error(still, fixed, draw_of(leaves))[0], leaves))
+        value = stage.error(still, fixed, draw_of(leaves, warm=True))[0]
+        state = ascended(_grads(value, leaves))
     # the separate pass for the last ascent: nothing of the loss's graph is reused
     leaves = leaves_of()
-    final = ascended(_grads(stage.error(still, fixed, draw_of(leaves))[0], leaves))
-    constant = draw_of({n: t.detach() for n, t in leaves.items()})
+    value = stage.error(still, fixed, draw_of(leaves, warm=False))[0]
+    final = ascended(_grads(value, leaves))
+    constant = draw_of({n: t.detach() for n, t in leaves.items()}, warm=False)
     main, whole = stage.error(params, g, constant, term.hidden_weight)
     return main, whole, final
 
@@ -360,7 +364,7 @@ def naive_step(
     for index, term in enumerate(terms):
         main, whole, after = reconstruction(stage, term, live, g)
         losses[f"recon.{index}"] = main
-        total = total + scale * term.weight * whole
+        total = total + scale * term.weight * main + (whole - main)
         kept.append(after)
     flat = [t for pair in live.values() for t in pair]
     found = torch.autograd.grad(total, [*flat, *z.values(), *importance_params], allow_unused=True)
