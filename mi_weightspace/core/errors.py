@@ -66,3 +66,7 @@ class OutputError(WeightspaceError):
 
 class ConfigError(WeightspaceError):
     """A configuration value that is out of range or contradicts another."""
+
+
+class DivergedError(WeightspaceError):
+    """Training that left the finite numbers; the last checkpoint is kept."""

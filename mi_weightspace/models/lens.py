@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
@@ -78,10 +78,23 @@ class Lens(Protocol):
     @property
     def model(self) -> Any: ...
 
+    @property
+    def root(self) -> nn.Module:
+        """The torch module whose forward pass is run."""
+        ...
+
     def sites(self, select: str | Sequence[str] | None = None) -> list[Site]: ...
 
     def weight(self, site: Site | str) -> Float[Tensor, "d_out d_in"]:
         """A float32 copy of the raw matrix."""
+        ...
+
+    def stored(self, site: Site | str) -> Float[Tensor, "d_out d_in"]:
+        """The matrix in its own precision."""
+        ...
+
+    def embed_scale(self) -> float:
+        """Factor between the embedding matrix's column and what the module returns."""
         ...
 
     def bias(self, site: Site | str) -> Float[Tensor, " d_out"] | None: ...

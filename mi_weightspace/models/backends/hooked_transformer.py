@@ -111,7 +111,7 @@ class HookedTransformerLens(HookedLens):
             unembed = self.model.W_U.detach()  # exact, where dividing by the scale would round
             return unembed.T if site.kind == "unembed" else unembed
         if site.kind == "embed":
-            return (self.model.W_E.detach() / self._embed_scale()).T
+            return (self.model.W_E.detach() / self.embed_scale()).T
         block = self.model.blocks[site.layer]
         if site.kind.startswith("mlp"):
             return getattr(block.mlp, f"W_{site.kind.removeprefix('mlp.')}").detach().T
@@ -141,7 +141,7 @@ class HookedTransformerLens(HookedLens):
             bias = getattr(module, name)
         return bias.detach().flatten() if bool(bias.any()) else None
 
-    def _embed_scale(self) -> float:
+    def embed_scale(self) -> float:
         return _embed_scale(self.shape, self.dtype)
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:

@@ -109,7 +109,7 @@ class HookedLens(ABC):
     def _output(self, name: str) -> tuple[nn.Module, Rows | None]:
         """The module whose output is the site's, and which of its coordinates are (None: all)."""
 
-    def _embed_scale(self) -> float:
+    def embed_scale(self) -> float:
         """Factor between the embedding matrix's column and what the module returns."""
         return 1.0
 
@@ -337,7 +337,7 @@ class HookedLens(ABC):
         bias = self._raw_bias(self.site(name))
         matrix = weight.to(self.device, self.dtype)
         if name == "embed":
-            scale = self._embed_scale()
+            scale = self.embed_scale()
             return lambda ids: nn.functional.embedding(ids, matrix.T) * scale
         return lambda x: nn.functional.linear(x, matrix, bias)
 

@@ -181,7 +181,7 @@ class TorchLens(HookedLens):
     def unembed(self) -> tuple[StreamFunction, Float[Tensor, "vocab d_model"]]:
         return self.at(self.shape.table.final_norm), self.weight("unembed")
 
-    def _embed_scale(self) -> float:
+    def embed_scale(self) -> float:
         return float(getattr(self.module("embed"), "embed_scale", 1.0))
 
     def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,227 @@
+"""Checkpoints of a run: everything that decides the next step, written atomically.
+
+Random draws and batches are functions of (seed, step), so the step itself stands for all generator
+and loader states. A folder ``state-N`` is complete once it has that name; killed writes leave only
+a hidden temporary one. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mi_weightspace.core.errors import ConfigError, OutputError
+from mi_weightspace.vpd.config import VPDConfig
+from mi_weightspace.vpd.distributed import barrier, rank, world
+from mi_weightspace.vpd.objective import Objective
+
+KEEP = 2
+"""Checkpoints kept: the one being read must survive the next one being written."""
+
+
+@dataclass(eq=False)
+class RunState:
+    """An objective with its optimisers, between two steps.
+
+    Attributes:
+        step: the next step to do.
+    """
+
+    objective: Objective
+    components: torch.optim.Optimizer
+    importance: torch.optim.Optimizer
+    step: int = 0
+
+
+def config_hash(config: VPDConfig) -> str:
+    """Of everything that decides the result: log and checkpoint intervals do not."""
+    values = config.model_dump(mode="json", exclude={"log_every", "checkpoint_every"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _optimiser_tensors(optimiser: torch.optim.Optimizer, name: str) -> dict[str, Tensor]:
+    parameters = optimiser.param_groups[0]["params"]
+    return {
+        f"{name}/{i}/{key}": value
+        for i, parameter in enumerate(parameters)
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimiser(optimiser: torch.optim.Optimizer, name: str, t: dict[str, Tensor]) -> None:
+    for i, parameter in enumerate(optimiser.param_groups[0]["params"]):
+        prefix = f"{name}/{i}/"
+        state = {k[len(prefix) :]: v.clone() for k, v in t.items() if k.startswith(prefix)}
+        if state:
+            optimiser.state[parameter] = state
+
+
+def _shared_tensors(state: RunState) -> dict[str, Tensor]:
+    objective = state.objective
+    found = {f"factors/{k}": v for k, v in objective.factors.named()}
+    found |= {f"importance/{k}": v for k, v in objective.importance.state_dict().items()}
+    found |= _optimiser_tensors(state.components, "components_adam")
+    found |= _optimiser_tensors(state.importance, "importance_adam")
+    if objective.frequencies.average is not None:
+        found["frequencies"] = objective.frequencies.average
+    return found
+
+
+def _own_tensors(state: RunState) -> dict[str, Tensor]:
+    return {
+        f"{at}/{key}": value
+        for at, sources in state.objective.adversaries.kept.items()
+        for key, value in sources.named().items()
+    }
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
+
+
+def save_state(state: RunState, folder: Path) -> Path:
+    """Write ``state-N`` under `folder`; every process calls it, each writes its own sources."""
+    target = folder / f"state-{state.step:08d}"
+    staging = folder / f".{target.name}.partial"
+    if rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    barrier()
+    _write(staging / f"sources-{rank()}.safetensors", _own_tensors(state))
+    if rank() == 0:
+        _write(staging / "shared.safetensors", _shared_tensors(state))
+        objective = state.objective
+        record = {
+            "step": state.step,
+            "config": objective.config.model_dump(mode="json"),
+            "config_hash": config_hash(objective.config),
+            "host": objective.factors.host.fingerprint,
+            "sites": dict(
+                zip(objective.factors.layout.names, objective.factors.layout.sizes, strict=True)
+            ),
+            "scale": objective.scale,
+            "frequency_count": objective.frequencies.count,
+            "world": world(),
+        }
+        (staging / "state.json").write_text(json.dumps(record, indent=2))
+    barrier()
+    if rank() == 0:
+        for path in staging.iterdir():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+        for old in sorted(folder.glob("state-*"))[:-KEEP]:
+            shutil.rmtree(old)
+    barrier()
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = sorted(folder.glob("state-*"))
+    return found[-1] if found else None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def restore_state(state: RunState, path: Path, positions: tuple[int, ...]) -> None:
+    """Put a checkpoint into freshly made objects.
+
+    Args:
+        positions: leading shape of one process' activations, (batch, tokens) or (batch,).
+
+    Raises:
+        ConfigError: the checkpoint belongs to another configuration, model or process count.
+        OutputError: a damaged file.
+    """
+    record, objective = read_record(path), state.objective
+    _agree(
+        "configuration",
+        record["config_hash"],
+        config_hash(objective.config),
+        _changed(record, objective),
+    )
+    _agree("model", record["host"], objective.factors.host.fingerprint, "other weights")
+    _agree("number of processes", record["world"], world(), "another torchrun world size")
+    try:
+        tensors = load_file(path / "shared.safetensors")
+        own = load_file(path / f"sources-{rank()}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    with torch.no_grad():
+        for name, value in objective.factors.named():
+            value.copy_(tensors[f"factors/{name}"])
+    objective.importance.load_state_dict(_under(tensors, "importance/"))
+    _restore_optimiser(state.components, "components_adam", tensors)
+    _restore_optimiser(state.importance, "importance_adam", tensors)
+    objective.frequencies.average = tensors.get("frequencies")
+    objective.frequencies.count = int(record["frequency_count"])
+    objective.scale = float(record["scale"])
+    config = objective.config
+    for at in sorted({int(key.split("/", 1)[0]) for key in own}):
+        sources = objective.adversaries.get(
+            at,
+            config.reconstruction[at],
+            positions,
+            objective.sizes,
+            objective.draws,
+            fused=config.speed.fused_optimiser,
+        )
+        sources.restore(_under(own, f"{at}/"))
+    state.step = int(record["step"])
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _changed(record: dict[str, Any], objective: Objective) -> str:
+    new = objective.config.model_dump(mode="json")
+    keys = sorted(k for k in new if new[k] != record["config"].get(k))
+    return f"changed: {', '.join(keys)}"
+
+
+def _agree(what: str, stored: object, given: object, how: str) -> None:
+    if stored != given:
+        raise ConfigError(
+            f"{what} of the run to resume",
+            given=f"{given} ({how})",
+            expected=f"{stored}, what the run was started with",
+            remedy="Resume with the same one, or start a new run in another folder.",
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"checkpoint {path}",
+        given=f"{type(error).__name__}: {error}",
+        expected="the files of a complete checkpoint",
+        remedy="Remove this folder; the one before it is then resumed.",
+    )
+
+
+def artefact_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names and bytes: equal exactly when every tensor is."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
