@@ -1,0 +1,1 @@
+"""Small models whose mechanisms are known, to score decompositions against."""
