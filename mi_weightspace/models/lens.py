@@ -156,8 +156,8 @@ class Lens(Protocol):
     def written_attention(self) -> AbstractContextManager[None]:
         """Within the context attention is written out: matrix products and a softmax.
 
-        On a CPU this is often faster to train through than the fused kernel, and the gradient of
-        its gradient exists. Equal to the default up to rounding.
+        Equal to the default up to rounding. Alone it is no faster; under
+        `arithmetic.fast_float32` it is, and the fused kernel is slower there than without.
         """
         ...
 
