@@ -85,6 +85,8 @@ def test_tms_represents_all_features_tied_and_untied() -> None:
     module = target.module
     assert isinstance(module, tms.Tms)
     assert target.quality["represented"] == 5
+    assert target.quality["relative_loss"] < 0.15
+    assert float(module.linear2.bias.max()) < -0.05  # silences the neighbours
     assert torch.equal(module.linear2.weight, module.linear1.weight.T)
     assert module.linear2.weight.data_ptr() != module.linear1.weight.data_ptr()
     assert torch.equal(target.weight("hidden"), torch.eye(2))
@@ -103,6 +105,10 @@ def test_a_target_that_drops_a_feature_is_noticed_and_passed_over(
     square = torch.tensor([[1.0, -1, 0, 0, 0], [0, 0, 1, -1, 0]])  # two antipodal pairs
     poor = tms.Tms(square, torch.zeros(5))
     assert tms.represented(poor) == [0, 1, 2, 3]
+    confused = torch.tensor([[1.0, 1, 0], [0, 0, 1]])  # two features on one direction
+    assert tms.represented(tms.Tms(confused, torch.zeros(3))) == [2]
+    faint = torch.tensor([[0.5, 0], [0, 1]])
+    assert tms.represented(tms.Tms(faint, torch.zeros(2))) == [1]
     good = tms.train(TMS, 0)
     made = iter([poor, poor, good])
     monkeypatch.setattr(tms, "train", lambda *_: next(made))
@@ -419,6 +425,17 @@ def test_ground_truth_scores_a_planted_answer_as_perfect() -> None:
     row = vpd_ground_truth.score(target, trained, 0)
     assert not row["found"]
     assert "most of the rank" in row["reason"]
+    # nothing important: the attack is free, and finds the all-zero mask
+    trained.objective.importance = Nothing()  # pyright: ignore[reportAttributeAccessIssue]
+    row = vpd_ground_truth.score(target, trained, 0)
+    assert row["pgd_20"] > 0.97
+    assert row["ci_masked"] == pytest.approx(1)
+    assert not row["found"]
+
+
+class Nothing(nn.Module):
+    def forward(self, clean: Any, factors: Any) -> Tensor:
+        return -torch.ones(len(clean.batch), 72)
 
 
 class Everything(nn.Module):
