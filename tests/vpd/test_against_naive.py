@@ -264,7 +264,8 @@ def check(pair: Pair, batches: list[Tensor], pos: tuple[int, ...], tolerance: fl
             averages=averages or None,
             step=i,
         )
-        losses = objective(pair.host.clean(batch), step)
+        with pair.host.prepared(config.speed):
+            losses = objective(pair.host.clean(batch), step)
         parameters = [*factors.parameters(), *objective.importance.parameters()]
         for parameter in parameters:
             parameter.grad = None
@@ -419,10 +420,17 @@ def test_draws_have_the_distributions_written_down() -> None:
 
 
 def language_pair(
-    family: str, backend: str, config: VPDConfig, folder: Path, *, edges: bool = False
+    family: str,
+    backend: str,
+    config: VPDConfig,
+    folder: Path,
+    *,
+    edges: bool = False,
+    second_of_two: bool = False,
 ) -> Pair:
     # a quarter of NeoX's head is rotary: at least a pair of coordinates
-    model = toy.tiny_model(family, n_layers=1, d_model=32 if family == "gpt_neox" else 16)
+    width, layers = 32 if family == "gpt_neox" else 16, 2 if second_of_two else 1
+    model = toy.tiny_model(family, n_layers=layers, d_model=width)
     oracle = naive_step.hf_host(copy.deepcopy(model), edges=edges)
     user = {
         "torch": lambda: copy.deepcopy(model).double(),
@@ -430,7 +438,11 @@ def language_pair(
         "nnsight": lambda: conformance.language_model(model.double(), folder),
         "hooked_transformer": lambda: conformance.hooked_transformer(model).to(torch.float64),
     }[backend]()
-    host = LensHost(load(user, verify=False), "*" if edges else "blocks.*", prefix=False)
+    sites = "*" if edges else "blocks.1.*" if second_of_two else "blocks.*"
+    if second_of_two:
+        kept = {n: s for n, s in oracle.sites.items() if n.startswith("blocks.1.")}
+        oracle = NaiveHost(oracle.model, kept)
+    host = LensHost(load(user, verify=False), sites)
     return pair_of(host, oracle, config, TOKENS[0])
 
 
@@ -438,6 +450,17 @@ def language_pair(
 @pytest.mark.parametrize("name", ["subset", "fresh", "bsc", "merged"])
 def test_terms_on_a_language_model(name: str, tmp_path: Path) -> None:
     pair = language_pair("gpt2", "torch", config_of([name]), tmp_path)
+    check(pair, list(TOKENS), (2, 5), TOLERANCE)
+
+
+SWITCHES = ["prefix", "joint_forward", "written_attention", "fused_activations", "fast_float32"]
+
+
+@pytest.mark.parametrize("switch", [*SWITCHES, "all", "none"])
+def test_speed_switches_change_no_number(switch: str, tmp_path: Path) -> None:
+    on = dict.fromkeys(SWITCHES, switch == "all") | ({switch: True} if switch in SWITCHES else {})
+    config = config_of(["subset", "static", "bsc", "merged", "pooled"], speed=on)
+    pair = language_pair("gpt2", "torch", config, tmp_path, second_of_two=True)
     check(pair, list(TOKENS), (2, 5), TOLERANCE)
 
 
