@@ -32,8 +32,10 @@ class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def _only_with(self, fields: set[str], applies: bool, why: str) -> None:
-        """Refuse fields that were given though nothing would read them."""
-        idle = sorted(fields & self.model_fields_set)
+        """Refuse values that nothing would read (a default written out is no contradiction)."""
+        given = fields & self.model_fields_set
+        defaults = type(self).model_fields
+        idle = sorted(f for f in given if getattr(self, f) != defaults[f].default)
         if idle and not applies:
             raise ValueError(f"{idle} given, but they apply only {why}")
 
@@ -177,6 +179,7 @@ class ReconstructionConfig(_Config):
         self._only_with({"repeat"}, self.scope == "repeat", "with scope='repeat'")
         if self.routing == "layerwise" and not drawn:
             raise ValueError("layerwise routing goes with uniform or binomial sources")
+        self._only_with({"hidden_weight"}, self.routing != "layerwise", "to whole-model routings")
         return self
 
 
@@ -188,8 +191,11 @@ class SpeedConfig(_Config):
         single_backward: take the last source ascent from the loss's own backward pass.
         cache_clean: keep clean outputs and site inputs of a finite token pool in memory.
         joint_forward: all terms of a step in one forward pass over a repeated batch.
-        written_attention: attention by plain products instead of torch's fused CPU kernel.
+        written_attention: attention by plain products instead of torch's fused CPU kernel, in the
+            model and in the importance network.
         fused_optimiser: torch's fused AdamW and Adam.
+        fused_activations: torch's kernel for activations that a model writes out term by term.
+        fast_float32: `models.arithmetic.fast_float32`, where this processor passes its check.
         compile_importance: `torch.compile` of the importance network.
     """
 
@@ -199,6 +205,8 @@ class SpeedConfig(_Config):
     joint_forward: bool = False
     written_attention: bool = True
     fused_optimiser: bool = True
+    fused_activations: bool = True
+    fast_float32: bool = True
     compile_importance: bool = False
 
 
@@ -277,7 +285,10 @@ def make_config(values: dict[str, Any], subject: str = "VPD configuration") -> V
     try:
         return VPDConfig.model_validate(values)
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        found = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'keys'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
         raise ConfigError(
             subject,
             given=found,

@@ -1,4 +1,4 @@
-"""The few collectives of a multi-process run (`torchrun`, `accelerate launch`).
+"""The few collectives of a multi-process run (`torchrun`).
 
 Without an initialised process group every function is the identity. Each process draws the random
 numbers of the whole batch and takes its own rows, so that n processes compute what one process
@@ -7,12 +7,34 @@ with the n-fold batch computes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def setup() -> torch.device:
+    """Join the processes `torchrun` has started, as its environment variables say.
+
+    nccl where CUDA is there (one device a process), else gloo. One process alone joins nothing.
+    Returns the device of this process. Calling it again is harmless.
+    """
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not active():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def finish() -> None:
+    """Leave the processes joined by `setup`."""
+    if active():
+        dist.destroy_process_group()
 
 
 def active() -> bool:
@@ -73,6 +95,22 @@ def average_(tensors: Iterable[Tensor]) -> None:
     for tensor in wanted:
         tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
         at += tensor.numel()
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Every process gets the values of process 0."""
+    if active():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if not active():
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value > 0)
 
 
 def barrier() -> None:

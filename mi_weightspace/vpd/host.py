@@ -21,6 +21,7 @@ from mi_weightspace.core.site import Site
 from mi_weightspace.models.lens import Lens
 from mi_weightspace.vpd.config import SpeedConfig
 from mi_weightspace.vpd.masked import Adjust
+from mi_weightspace.vpd.switches import switched
 
 Metric = Literal["kl", "mse"]
 
@@ -58,6 +59,15 @@ class Clean:
             output=self.output[rows],
             start=None if self.start is None else self.start[rows],
         )
+
+    def tiled(self, times: int) -> Clean:
+        """The batch `times` over, for `Host.forward`: nothing but what that reads is repeated."""
+
+        def tile(x: Tensor) -> Tensor:
+            return x.repeat(times, *[1] * (x.ndim - 1))
+
+        start = None if self.start is None else tile(self.start)
+        return replace(self, batch=tile(self.batch), start=start)
 
 
 class Host(Protocol):
@@ -125,7 +135,7 @@ class ModuleHost:
 
     def __post_init__(self) -> None:
         self.names = tuple(self.sites)
-        self.layers: dict[str, int | None] = dict.fromkeys(self.names)
+        self.layers: Mapping[str, int | None] = dict.fromkeys(self.names)
         self._linears: dict[str, nn.Module] = {}
         for name, path in self.sites.items():
             try:
@@ -189,7 +199,7 @@ class ModuleHost:
     def prepared(self, speed: SpeedConfig) -> Iterator[None]:
         training = self.module.training
         self.module.eval()
-        with _frozen(self.module):
+        with _frozen(self.module), switched(speed, self.module):
             try:
                 yield
             finally:
@@ -230,7 +240,7 @@ class LensHost:
     def __post_init__(self) -> None:
         self._sites = {site.name: site for site in self.lens.sites(self.select)}
         self.names = tuple(self._sites)
-        self.layers: dict[str, int | None] = {n: s.layer for n, s in self._sites.items()}
+        self.layers: Mapping[str, int | None] = {n: s.layer for n, s in self._sites.items()}
         self.dtype = torch.float64 if self.lens.dtype == torch.float64 else torch.float32
         edit = getattr(self.lens, "edit", None)
         if edit is not None and set(edit.weights) & set(self.names):
@@ -246,6 +256,7 @@ class LensHost:
         layers = [layer for layer in self.layers.values() if layer is not None]
         outside = any(s.kind == "embed" for s in self._sites.values())
         self._first = min(layers) if layers and not outside and min(layers) > 0 else None
+        self._skips = self.prefix
 
     @property
     def device(self) -> torch.device:
@@ -271,7 +282,7 @@ class LensHost:
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
         recorders = {n: _Recorder(n, inputs, outputs) for n in self.names}
-        first = f"resid_pre.{self._first}" if self.prefix and self._first is not None else None
+        first = f"resid_pre.{self._first}" if self._skips and self._first is not None else None
         with torch.no_grad(), self.lens.adjusted(recorders):
             if first is None:
                 return Clean(batch, inputs, outputs, self.lens.forward(batch))
@@ -291,6 +302,11 @@ class LensHost:
         with ExitStack() as stack:
             stack.enter_context(self.lens.evaluation())
             stack.enter_context(_frozen(self.lens.root))
-            if speed.written_attention:
+            stack.enter_context(switched(speed, self.lens.root))
+            if speed.written_attention and self.device.type == "cpu":
                 stack.enter_context(self.lens.written_attention())
-            yield
+            self._skips = self.prefix and speed.prefix
+            try:
+                yield
+            finally:
+                self._skips = self.prefix

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_weightspace.vpd.config import ReconstructionConfig, VPDConfig
+from mi_weightspace.vpd.distributed import average_
 from mi_weightspace.vpd.factors import Factors
 from mi_weightspace.vpd.host import Clean
 from mi_weightspace.vpd.importance import Importance, squash
@@ -135,20 +136,28 @@ class Objective:
         penalty, frequencies = minimality(up, config.minimality, progress, self.frequencies)
         total = config.faithfulness.weight * faith + penalty
         terms = {"faithfulness": faith.detach(), "minimality": penalty.detach()}
+        active = {
+            at: term
+            for at, term in enumerate(config.reconstruction)
+            if step >= round(term.start_fraction * n)
+        }
+        trials = {
+            at: self._trials(at, term, clean, target, low, step) for at, term in active.items()
+        }
+        measured = self._measured(active, trials, clean, target)
         last: list[Owed] = []
-        for at, term in enumerate(config.reconstruction):
-            if step < round(term.start_fraction * n):
-                continue
-            value, hidden, owed = self._term(at, term, clean, target, low, step)
+        for at, term in active.items():
+            value, hidden = measured[at]
             total = total + (term.weight / self.scale) * value
             terms[f"reconstruction.{at}.{term.source}"] = value.detach()
             if hidden is not None:
                 total = total + term.hidden_weight * hidden
                 terms[f"hidden.{at}.{term.source}"] = hidden.detach()
-            last += owed
+            if term.keeps_sources:
+                last.append(self._owed(at, term, value, hidden))
         return Losses(total, terms, frequencies, low.detach(), last)
 
-    def _term(
+    def _trials(
         self,
         at: int,
         term: ReconstructionConfig,
@@ -156,24 +165,66 @@ class Objective:
         target: Target,
         low: Tensor,
         step: int,
-    ) -> tuple[Tensor, Tensor | None, list[Owed]]:
-        """Unweighted value, hidden-activation rider, and the ascents still owed."""
+    ) -> list[Masks]:
+        """The masks whose mean distance is the term; adversaries have climbed then."""
         if term.source == "fresh_pgd":
-            masks = self._fresh_pgd(at, term, clean, target, low, step)
-            return *self._value(term, clean, target, masks), []
+            return [self._fresh_pgd(at, term, clean, target, low, step)]
         if term.keeps_sources:
-            return self._adversarial(at, term, clean, target, low, step)
-        values, hiddens = [], []
-        pos = tuple(low.shape[:-1])
+            return [self._adversarial(at, term, clean, target, low, step)]
+        pos, found = tuple(low.shape[:-1]), []
         for sample in range(term.n_samples):
             route = self._route(at, term, pos, step, sample)
             r, d = self._uniform(term, pos, step, f"term{at}", sample)
-            value, hidden = self._value(term, clean, target, Masks(low, d, route, r))
-            values.append(value)
-            if hidden is not None:
-                hiddens.append(hidden)
-        hidden = torch.stack(hiddens).mean() if hiddens else None
-        return torch.stack(values).mean(), hidden, []
+            found.append(Masks(low, d, route, r))
+        return found
+
+    def _measured(
+        self,
+        active: dict[int, ReconstructionConfig],
+        trials: dict[int, list[Masks]],
+        clean: Clean,
+        target: Target,
+    ) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """Unweighted value and hidden-activation rider of every term."""
+        found: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        joint = [at for at, term in active.items() if term.routing != "layerwise"]
+        if self.config.speed.joint_forward and sum(len(trials[at]) for at in joint) > 1:
+            found = self._joint({at: active[at] for at in joint}, trials, clean, target)
+        for at, term in active.items():
+            if at not in found:
+                found[at] = [self._value(term, clean, target, masks) for masks in trials[at]]
+        measured: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for at, pairs in found.items():
+            hiddens = [hidden for _, hidden in pairs if hidden is not None]
+            hidden = torch.stack(hiddens).mean() if hiddens else None
+            measured[at] = torch.stack([value for value, _ in pairs]).mean(), hidden
+        return measured
+
+    def _joint(
+        self,
+        terms: dict[int, ReconstructionConfig],
+        trials: dict[int, list[Masks]],
+        clean: Clean,
+        target: Target,
+    ) -> dict[int, list[tuple[Tensor, Tensor | None]]]:
+        """`_value` of every trial from one forward pass over the batch repeated."""
+        every = [masks for at in terms for masks in trials[at]]
+        riders = any(term.hidden_weight > 0 for term in terms.values())
+        seen: dict[str, Tensor] | None = {} if riders else None
+        output = self.masked(clean.tiled(len(every)), _end_to_end(every, self.sizes[1]), seen=seen)
+        size, at_row = len(clean.batch), 0
+        found: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        for at, term in terms.items():
+            found[at] = []
+            for _ in trials[at]:
+                place = slice(at_row, at_row + size)
+                at_row += size
+                hidden = None
+                if seen is not None and term.hidden_weight > 0:
+                    own = {name: value[place] for name, value in seen.items()}
+                    hidden = hidden_distance(own, clean.outputs)
+                found[at].append((target.distance(output[place]), hidden))
+        return found
 
     def _value(
         self,
@@ -242,6 +293,8 @@ class Objective:
             masks = Masks(held, d, route, r)
             value, _hidden = self._value(term, clean, target, masks, train=False)
             gradients = torch.autograd.grad(value, [r, d])
+            if whole:
+                average_(gradients)
             r, d = (
                 (leaf.detach() + term.pgd_step_size * grad.sign()).clamp(0, 1)
                 for leaf, grad in zip((r, d), gradients, strict=True)
@@ -256,7 +309,8 @@ class Objective:
         target: Target,
         low: Tensor,
         step: int,
-    ) -> tuple[Tensor, Tensor | None, list[Owed]]:
+    ) -> Masks:
+        """The warm-up ascents of a kept source, then its masks for the loss."""
         pos = tuple(low.shape[:-1])
         fused = self.config.speed.fused_optimiser
         sources = self.adversaries.get(at, term, pos, self.sizes, self.draws, fused=fused)
@@ -273,12 +327,17 @@ class Objective:
             sources.ascend(list(torch.autograd.grad(value, sources.leaves)), progress)
         masks = attack(low, route)
         if term.adversarial_fraction < 1:
-            masks = self._merged(at, term, low, masks, step)
-        value, hidden = self._value(term, clean, target, masks)
-        early = None
+            return self._merged(at, term, low, masks, step)
+        return masks
+
+    def _owed(
+        self, at: int, term: ReconstructionConfig, value: Tensor, hidden: Tensor | None
+    ) -> Owed:
+        """The last ascent; a pass of its own where the total's gradient holds a rider's too."""
+        sources, early = self.adversaries.kept[at], None
         if hidden is not None or not self.config.speed.single_backward:
             early = list(torch.autograd.grad(value, sources.leaves, retain_graph=True))
-        return value, hidden, [Owed(sources, term.weight / self.scale, early)]
+        return Owed(sources, term.weight / self.scale, early)
 
     def _merged(
         self, at: int, term: ReconstructionConfig, low: Tensor, attacked: Masks, step: int
@@ -300,6 +359,27 @@ class Objective:
             torch.where(bits, everywhere, subset),
             torch.lerp(r, attacked.source.expand_as(r), chosen),
         )
+
+
+def _end_to_end(trials: list[Masks], sites: int) -> Masks:
+    """Masks of one batch each, as those of the batches end to end."""
+    pos = trials[0].component.shape[:-1]
+
+    def joined(parts: list[Tensor | None]) -> Tensor:
+        wide = [p.expand(*pos, p.shape[-1]) for p in parts if p is not None]
+        assert len(wide) == len(parts)
+        return torch.cat(wide)
+
+    routes: list[Tensor | None] = [m.route for m in trials]
+    if any(route is not None for route in routes):
+        everywhere = trials[0].component.new_ones(*pos, sites, dtype=torch.bool)
+        routes = [everywhere if route is None else route for route in routes]
+    return Masks(
+        joined([m.component for m in trials]),
+        joined([m.delta for m in trials]),
+        None if routes[0] is None else joined(routes),
+        joined([m.source for m in trials]),
+    )
 
 
 def _noting(function: Adjust, name: str, seen: dict[str, Tensor]) -> Adjust:

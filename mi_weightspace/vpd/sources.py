@@ -141,8 +141,12 @@ class Sources:
         )
         for leaf, grad in zip(self.leaves, grads, strict=True):
             leaf.grad = grad.detach()
+        wanted = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
         if self.shared:
-            average_(leaf.grad for leaf in self.leaves if leaf.grad is not None)
+            average_(wanted)
+        elif world() > 1:  # of the mean over every process' rows, not over this one's
+            for grad in wanted:
+                grad /= world()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if not self.config.sigmoid:
@@ -211,7 +215,7 @@ class Pool:
         return self.leaves[0], self.leaves[1]
 
     def ascend(self, grads: list[Tensor], progress: float) -> None:
-        grad = torch.cat(grads, dim=-1).reshape(self.batch, -1)
+        grad = torch.cat(grads, dim=-1).reshape(self.batch, -1) / world()
         warm, (b1, b2) = self.config.lr_warmup, self.config.betas
         lr = self.config.lr * min(1.0, progress / warm if warm > 0 else 1.0)
         old = {key: value[self.chosen] for key, value in self.state.items()}

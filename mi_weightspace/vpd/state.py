@@ -1,8 +1,8 @@
 """Checkpoints of a run: everything that decides the next step, written atomically.
 
 Random draws and batches are functions of (seed, step), so the step itself stands for all generator
-and loader states. A folder ``state-N`` is complete once it has that name; killed writes leave only
-a hidden temporary one. Nothing is pickled.
+and loader states. A folder ``state-N`` is complete as long as it has that name; killed writes and
+removals leave only hidden temporary ones, which the next checkpoint sweeps. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mi_weightspace.core.errors import ConfigError, OutputError
+from mi_weightspace.models.arithmetic import worthwhile
 from mi_weightspace.vpd.config import VPDConfig
 from mi_weightspace.vpd.distributed import barrier, rank, world
 from mi_weightspace.vpd.objective import Objective
 
 KEEP = 2
-"""Checkpoints kept: the one being read must survive the next one being written."""
+"""Checkpoints kept: should the newest be damaged, the one before it can be resumed."""
+IDLE_KEYS = {"log_every", "checkpoint_every"}
+"""What a resumed run may change: the result does not depend on it."""
 
 
 @dataclass(eq=False)
@@ -45,8 +48,8 @@ class RunState:
 
 
 def config_hash(config: VPDConfig) -> str:
-    """Of everything that decides the result: log and checkpoint intervals do not."""
-    values = config.model_dump(mode="json", exclude={"log_every", "checkpoint_every"})
+    """Of everything that decides the result (all but `IDLE_KEYS`)."""
+    values = config.model_dump(mode="json", exclude=IDLE_KEYS)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -95,7 +98,8 @@ def save_state(state: RunState, folder: Path) -> Path:
     target = folder / f"state-{state.step:08d}"
     staging = folder / f".{target.name}.partial"
     if rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
+        for left in folder.glob(".state-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         staging.mkdir(parents=True)
     barrier()
     _write(staging / f"sources-{rank()}.safetensors", _own_tensors(state))
@@ -113,6 +117,7 @@ def save_state(state: RunState, folder: Path) -> Path:
             "scale": objective.scale,
             "frequency_count": objective.frequencies.count,
             "world": world(),
+            "fast_float32": takes_fast_float32(objective.config),
         }
         (staging / "state.json").write_text(json.dumps(record, indent=2))
     barrier()
@@ -121,12 +126,24 @@ def save_state(state: RunState, folder: Path) -> Path:
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         staging.rename(target)
         for old in sorted(folder.glob("state-*"))[:-KEEP]:
-            shutil.rmtree(old)
+            _remove(old)
     barrier()
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """In one step as far as any reader sees: half a checkpoint never has a checkpoint's name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def takes_fast_float32(config: VPDConfig) -> bool:
+    """Whether this process' float32 products take another path than torch's default."""
+    return config.speed.fast_float32 and worthwhile()
 
 
 def latest(folder: Path) -> Path | None:
@@ -161,6 +178,12 @@ def restore_state(state: RunState, path: Path, positions: tuple[int, ...]) -> No
     )
     _agree("model", record["host"], objective.factors.host.fingerprint, "other weights")
     _agree("number of processes", record["world"], world(), "another torchrun world size")
+    _agree(
+        "speed.fast_float32",
+        record["fast_float32"],
+        takes_fast_float32(objective.config),
+        "what this processor's check chose now: another processor, or a very busy one",
+    )
     try:
         tensors = load_file(path / "shared.safetensors")
         own = load_file(path / f"sources-{rank()}.safetensors")
@@ -194,9 +217,24 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _changed(record: dict[str, Any], objective: Objective) -> str:
-    new = objective.config.model_dump(mode="json")
-    keys = sorted(k for k in new if new[k] != record["config"].get(k))
+    new = _flat(objective.config.model_dump(mode="json", exclude=IDLE_KEYS))
+    old = _flat({k: v for k, v in record["config"].items() if k not in IDLE_KEYS})
+    keys = sorted(k for k in {*new, *old} if new.get(k) != old.get(k))
     return f"changed: {', '.join(keys)}"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path, ``reconstruction.1.lr``."""
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    else:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in items:
+        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def _agree(what: str, stored: object, given: object, how: str) -> None:

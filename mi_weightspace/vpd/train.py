@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mi_weightspace.core.errors import DivergedError, OutputError
+from mi_weightspace.vpd.cache import CleanBatches, clean_batches
 from mi_weightspace.vpd.config import VPDConfig
-from mi_weightspace.vpd.distributed import average_, global_mean, own_rows, rank
+from mi_weightspace.vpd.distributed import (
+    anywhere,
+    average_,
+    copy_from_first,
+    global_mean,
+    own_rows,
+    rank,
+)
 from mi_weightspace.vpd.factors import Factors, initial_factors
 from mi_weightspace.vpd.host import Clean, Host
 from mi_weightspace.vpd.importance import make_importance
+from mi_weightspace.vpd.interrupt import Interrupts
 from mi_weightspace.vpd.losses import Target, faithfulness
 from mi_weightspace.vpd.masked import Masks
 from mi_weightspace.vpd.objective import Losses, Objective
@@ -76,11 +85,14 @@ def train(
         ConfigError: C below the rank, counts that do not cover the sites, a changed configuration
             or model on resume. OutputError: a folder that holds a run, without `resume`.
         DivergedError: a loss or gradient that is not finite; the last checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C; the step under way is finished and saved first. A second Ctrl-C
+            does not wait.
     """
     place = None if folder is None else Path(folder)
     _check_place(place, resume)
     with host.prepared(config.speed):
-        clean = host.clean(own_rows(stream.batch(0)).to(host.device))
+        batches = clean_batches(host, stream, config)
+        clean = batches(0)
         state = start(host, clean, config)
         found = latest(place) if place is not None and resume else None
         if found is not None:
@@ -88,14 +100,19 @@ def train(
             restore_state(state, found, tuple(positions))
         else:
             warm_up(state.objective.factors, config, progress=progress)
+            copy_from_first(_parameters(state.objective))
             state.objective.scale = measure_scale(state.objective, stream)
         history = _kept_history(place, state.step)
-        for record in _steps(state, stream, place, progress):
+        for record in _steps(state, batches, place, progress):
             history.append(record)
             _write_record(place, record)
             if on_log is not None and rank() == 0:
                 on_log(record)
     return Trained(state.objective, history)
+
+
+def _parameters(objective: Objective) -> list[Tensor]:
+    return [*objective.factors.parameters(), *objective.importance.parameters()]
 
 
 def _leading(clean: Clean, host: Host) -> int:
@@ -107,6 +124,9 @@ def start(host: Host, clean: Clean, config: VPDConfig) -> RunState:
     """Factors, importance network and optimisers at step 0 (before any warm-up)."""
     factors = initial_factors(host, config)
     importance = make_importance(factors, clean, config.importance, config.seed)
+    if config.speed.compile_importance:
+        for module in importance.networks:
+            module.compile()
     fused = config.speed.fused_optimiser
     components = torch.optim.AdamW(factors.parameters(), lr=config.lr, weight_decay=0, fused=fused)
     network = torch.optim.AdamW(
@@ -171,12 +191,13 @@ def train_step(state: RunState, clean: Clean) -> tuple[Losses, dict[str, float]]
     losses.total.backward()
     factors = objective.factors.parameters()
     network = list(objective.importance.parameters())
-    average_(p.grad for p in [*factors, *network] if p.grad is not None)
+    total = losses.total.detach().clone()
+    average_([total, *(p.grad for p in [*factors, *network] if p.grad is not None)])
     norms = {
         "grad_components": _clip(factors, config.clip),
         "grad_importance": _clip(network, config.importance_clip),
     }
-    if not all(map(math.isfinite, [float(losses.total.detach()), *norms.values()])):
+    if not all(map(math.isfinite, [float(total), *norms.values()])):
         raise _diverged(objective, losses, norms, state.step)
     factor = _cosine(state.step, config)
     state.components.param_groups[0]["lr"] = config.lr * factor
@@ -185,7 +206,7 @@ def train_step(state: RunState, clean: Clean) -> tuple[Losses, dict[str, float]]
     state.importance.step()
     losses.ascend((state.step + 1) / config.n_steps)
     state.step += 1
-    return losses, norms
+    return replace(losses, total=total), norms
 
 
 def _clip(parameters: Sequence[Tensor], bound: float | None) -> float:
@@ -229,10 +250,11 @@ def _finite(*tensors: Tensor) -> bool:
 
 
 def _steps(
-    state: RunState, stream: Stream, place: Path | None, progress: bool
+    state: RunState, batches: CleanBatches, place: Path | None, progress: bool
 ) -> Iterator[dict[str, Any]]:
-    config, host = state.objective.config, state.objective.factors.host
+    config, device = state.objective.config, state.objective.factors.host.device
     with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
         bar = stack.enter_context(
             tqdm(
                 total=config.n_steps,
@@ -245,8 +267,7 @@ def _steps(
         before = time.perf_counter()
         while state.step < config.n_steps:
             step = state.step
-            clean = host.clean(own_rows(stream.batch(step)).to(host.device))
-            losses, norms = train_step(state, clean)
+            losses, norms = train_step(state, batches(step))
             bar.update()
             last = state.step == config.n_steps
             if step % config.log_every == 0 or last:
@@ -255,23 +276,33 @@ def _steps(
                 before = now
                 bar.set_postfix_str(_shown(record))
                 yield record
-            if place is not None and (state.step % config.checkpoint_every == 0 or last):
+            stopped = anywhere(interrupts.asked, device)
+            due = state.step % config.checkpoint_every == 0 or last or stopped
+            if place is not None and due:
                 save_state(state, place)
+            if stopped:
+                raise KeyboardInterrupt(_stopped(state, place))
+
+
+def _stopped(state: RunState, place: Path | None) -> str:
+    done = f"stopped after {state.step} of {state.objective.config.n_steps} steps"
+    if place is None:
+        return f"{done}; nothing is kept without an output folder"
+    return f"{done}; saved in {place}. Continue with resume=True (--resume)."
 
 
 def _record(
     objective: Objective, losses: Losses, norms: dict[str, float], step: int, seconds: float
 ) -> dict[str, Any]:
-    firing = (losses.low > FIRING).flatten(0, -2).float().mean(0)
+    firing = global_mean((losses.low > FIRING).flatten(0, -2).float().mean(0))
     per_site = {
         f"l0/{name}": float(firing[place].sum())
         for name, place in objective.factors.layout.slices().items()
     }
     terms = {name: float(global_mean(value)) for name, value in losses.terms.items()}
-    total = float(losses.total.detach())
     return {
         "step": step,
-        "total": total,
+        "total": float(losses.total),
         **terms,
         "l0": sum(per_site.values()),
         **per_site,
@@ -314,8 +345,10 @@ def _kept_history(place: Path | None, step: int) -> list[dict[str, Any]]:
             break
         if record["step"] < step:
             kept.append(record)
-    if rank() == 0:
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    if rank() == 0:  # by exchange: a kill in the middle must not lose the lines
+        staging = path.with_name(f".{METRICS}.partial")
+        staging.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        staging.replace(path)
     return kept
 
 
