@@ -5,7 +5,7 @@
 * ``paper``: published settings (Braun et al. 2025, and the public torch repository where that paper
   has none). Long: for a GPU, or patience.
 * ``newest``: later public configurations: smooth L0, relative faithfulness, a merged adversary.
-* ``short``: our settings at the schedules at which the public torch code was timed on one core.
+* ``short``: our settings, in no more seconds of one core than the public torch code was timed at.
 * ``toy``: ``short`` cut down to what a test can wait for. A cut schedule is another run, not a
   prefix: nothing about the truth is asserted at this length.
 
@@ -50,20 +50,28 @@ def newest(weight: float, frequency_weight: float, hidden: int) -> Values:
     }
 
 
-def ours(weight: float = 3e-3, kind: str = "layerwise_mlp", hidden: int = 64) -> Values:
-    """Reconstruction in units of the zero-mask error, so that `weight` means the same anywhere."""
+def ours(weight: float = 3e-2, kind: str = "layerwise_mlp", hidden: int = 64) -> Values:
+    """Reconstruction in units of the zero-mask error, so that `weight` means the same anywhere.
+
+    Uniform masks on all sites and on one site at a time first, the adversary in the last 30 % of
+    the run: present from the start, beside masks on random subsets, it ends components while they
+    still share their features (TMS 5-2, seeds 0 and 1: 3 and 6 errors against 0 and 1).
+    """
+    uniform = {"source": "uniform", "weight": 0.5}
+    adversary = {"source": "persistent", "routing": "all", "scope": "bc", "weight": 0.5}
     return {
         "importance": {"kind": kind, "hidden": (hidden,)},
         "faithfulness": {"form": "relative", "weight": 1.0},
         "minimality": {
             "weight": weight,
-            "frequency_weight": 0.047 * weight,
+            "frequency_weight": 0.5 * weight,
             "ema_half_life": None,
             "gamma": (1.0, 0.02),
         },
         "reconstruction": (
-            {"source": "uniform", "routing": "uniform_k_subset", "weight": 0.5},
-            {"source": "persistent", "routing": "all", "scope": "bc", "weight": 0.5},
+            uniform | {"routing": "all"},
+            uniform | {"routing": "layerwise"},
+            adversary | {"start_fraction": 0.7},
         ),
         "normalise": "zero_mask",
         "warmup_steps": 200,
@@ -97,9 +105,9 @@ def _tms(c: int, p: float, weight: float, short: Values, new: Values, identity: 
     return _presets(paper, {"n_components": c} | short, new)
 
 
-_TMS_5_2_SHORT = ours() | schedule(4_000, 1_024, 2e-3)
+_TMS_5_2_SHORT = ours() | schedule(7_000, 1_024, 2e-3)
 _TMS_5_2_NEW = {"n_components": 20} | newest(8e-4, 4e-4, 50) | schedule(20_000, 4_096, 1e-3)
-_TMS_40_10_SHORT = ours(hidden=200) | schedule(5_000, 1_024, 2e-3)
+_TMS_40_10_SHORT = ours(1e-2, hidden=200) | schedule(5_000, 1_024, 2e-3)
 _TMS_40_10_NEW = {"n_components": 100} | newest(6e-5, 3e-5, 200) | schedule(20_000, 4_096, 1e-3)
 _RESID_SHORT = ours(hidden=200) | schedule(10_000, 512, 2e-3)
 _RESID_NEW_1 = {"n_components": 200} | newest(1e-6, 5e-7, 400) | schedule(50_000, 2_048, 2e-3)

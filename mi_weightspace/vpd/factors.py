@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.errors import ConfigError
+from mi_weightspace.core.errors import ConfigError, SiteError
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.vpd.config import VPDConfig
 from mi_weightspace.vpd.host import Host
@@ -113,12 +113,20 @@ def initial_factors(host: Host, config: VPDConfig) -> Factors:
     Raises:
         ConfigError: C below the rank of a matrix without `allow_unfaithful` (the sum of the
             components could not equal the matrix), or counts that do not cover the sites.
+        SiteError: a matrix of zeros.
     """
     counts = component_counts(config, host.names)
     reads: dict[str, Tensor] = {}
     writes: dict[str, Tensor] = {}
     for name in host.names:
         weight = host.weight(name)
+        if not bool(weight.any()):
+            raise SiteError(
+                f"site {name}",
+                given="a matrix of zeros",
+                expected="a matrix that does something: its error is measured relative to its norm",
+                remedy="Leave this site out.",
+            )
         if config.faithfulness.weight > 0 and not config.allow_unfaithful:
             _check_rank(name, weight, counts[name])
         draw = generator(config.seed, "init", name)
