@@ -307,7 +307,7 @@ def read_config(path: str | Path) -> VPDConfig:
 
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"configuration file {path}",
             given=f"{type(error).__name__}: {error}",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
 from mi_weightspace.core.errors import DivergedError, OutputError
@@ -193,12 +194,11 @@ def train_step(state: RunState, clean: Clean) -> tuple[Losses, dict[str, float]]
     network = list(objective.importance.parameters())
     total = losses.total.detach().clone()
     average_([total, *(p.grad for p in [*factors, *network] if p.grad is not None)])
-    norms = {
-        "grad_components": _clip(factors, config.clip),
-        "grad_importance": _clip(network, config.importance_clip),
-    }
+    norms = {"grad_components": _norm(factors), "grad_importance": _norm(network)}
     if not all(map(math.isfinite, [float(total), *norms.values()])):
         raise _diverged(objective, losses, norms, state.step)
+    _clip(factors, config.clip, norms["grad_components"])
+    _clip(network, config.importance_clip, norms["grad_importance"])
     factor = _cosine(state.step, config)
     state.components.param_groups[0]["lr"] = config.lr * factor
     state.importance.param_groups[0]["lr"] = config.importance_lr * factor
@@ -209,10 +209,14 @@ def train_step(state: RunState, clean: Clean) -> tuple[Losses, dict[str, float]]
     return replace(losses, total=total), norms
 
 
-def _clip(parameters: Sequence[Tensor], bound: float | None) -> float:
-    """Norm before clipping; ``coef = min(1, c / (‖g‖ + 1e-6))``."""
-    limit = math.inf if bound is None else bound
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+def _norm(parameters: Sequence[Tensor]) -> float:
+    return float(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def _clip(parameters: Sequence[Tensor], bound: float | None, norm: float) -> None:
+    """``g ← g · min(1, c / (‖g‖ + 1e-6))``."""
+    if bound is not None:
+        clip_grads_with_norm_(parameters, bound, torch.tensor(norm))
 
 
 def _cosine(step: int, config: VPDConfig) -> float:
@@ -226,13 +230,7 @@ def _diverged(
 ) -> DivergedError:
     terms = [k for k, v in losses.terms.items() if not math.isfinite(float(v))]
     terms += [k for k, v in norms.items() if not math.isfinite(v)]
-    bad = [
-        name
-        for name, place in objective.factors.layout.slices().items()
-        if not _finite(objective.factors.reads[name], objective.factors.writes[name])
-        or not bool(losses.low[..., place].isfinite().all())
-    ]
-    site = bad[0] if bad else "no single one (all components and importances are finite)"
+    site = _first_site(objective, losses) or "no single one (components and importances are finite)"
     return DivergedError(
         f"step {step}",
         given=f"{', '.join(terms)} not finite; first site concerned: {site}",
@@ -242,11 +240,21 @@ def _diverged(
     )
 
 
-def _finite(*tensors: Tensor) -> bool:
-    return all(
-        bool(t.isfinite().all()) and (t.grad is None or bool(t.grad.isfinite().all()))
-        for t in tensors
-    )
+def _first_site(objective: Objective, losses: Losses) -> str | None:
+    """Where components or importances are not finite; else, where gradients are not."""
+    factors = objective.factors
+    places = factors.layout.slices()
+    for name, place in places.items():
+        if not _finite(factors.reads[name], factors.writes[name], losses.low[..., place]):
+            return name
+    for name in places:
+        if not _finite(factors.reads[name].grad, factors.writes[name].grad):
+            return name
+    return None
+
+
+def _finite(*tensors: Tensor | None) -> bool:
+    return all(t is None or bool(t.isfinite().all()) for t in tensors)
 
 
 def _steps(
