@@ -229,21 +229,7 @@ def evaluate(
         alive=alive.by_firing,
         seed=seed,
     )
-    identity, scale = (max(b.identity[i] for b in numbers) for i in (0, 1))
     labels = np.array([b.n_labels for b in numbers], dtype=np.float64)
-    host_ce = np.array([b.ce_target for b in numbers])
-    facts = {
-        "metric": host.metric,
-        "n": n,
-        "n_batches": len(numbers),
-        "seed": seed,
-        "thresholds": [float(t) for t in thresholds],
-        "threshold": headline,
-        "identity": identity,
-        "identity_scale": scale,
-        "ce_host": pooled(host_ce, labels).value if labels.any() else None,
-        "host": host.fingerprint,
-    }
     return Evaluation(
         l0=l0,
         maskings=masking_table(numbers, thresholds, host.metric, weights, labels),
@@ -256,8 +242,32 @@ def evaluate(
         polysemy=signs.table(seed=seed),
         mean_ci=mean_ci,
         firings=firings,
-        facts=facts,
+        facts=_facts(objective, numbers, thresholds, labels, seed),
     )
+
+
+def _facts(
+    objective: Objective,
+    numbers: Sequence[BatchNumbers],
+    thresholds: Sequence[float],
+    labels: Float[np.ndarray, " batches"],
+    seed: int,
+) -> dict[str, Any]:
+    host = objective.factors.host
+    identity, scale = (float(np.max([b.identity[i] for b in numbers])) for i in (0, 1))
+    host_ce = np.array([b.ce_target for b in numbers])
+    return {
+        "metric": host.metric,
+        "n": sum(b.n for b in numbers),
+        "n_batches": len(numbers),
+        "seed": seed,
+        "thresholds": [float(t) for t in thresholds],
+        "threshold": headline_threshold(thresholds, host.metric),
+        "identity": identity,
+        "identity_scale": scale,
+        "ce_host": pooled(host_ce, labels).value if labels.any() else None,
+        "host": host.fingerprint,
+    }
 
 
 def headline_threshold(thresholds: Sequence[float], metric: str) -> float:

@@ -145,7 +145,7 @@ def toy_scores(
         mmcs = ml2r = float("nan")
         columns = bool((weight.norm(dim=0) > 0).all()) and weight.shape[1] == len(probe)
         if isinstance(pattern, truth.Identity) and columns:
-            shape = truth.mmcs(factors.reads[name], factors.writes[name], weight)
+            shape = truth.mmcs(factors.reads[name].cpu(), factors.writes[name].cpu(), weight.cpu())
             mmcs, ml2r = shape.mmcs, shape.ml2r
         for tolerance in tolerances:
             error = truth.target_ci_error(ci, pattern, tolerance)

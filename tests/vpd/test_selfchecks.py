@@ -215,6 +215,8 @@ def test_a_late_rise_of_the_gradient_is_seen_though_the_loss_hides_it(exact: Any
     assert found(exact, settled(n=15))["gradients_importance"].outcome == "WARN"
     assert largest_rise(np.r_[np.full(100, 5.0), np.nan]) == math.inf
     assert largest_rise(np.linspace(9, 1, 100)) == 1  # falling all the way
+    slow = largest_rise(np.repeat(2.0 ** np.arange(10), 10))  # no step above twofold
+    assert slow == 2.0**8
 
 
 # ---- 5, 9: importances -------------------------------------------------------------------------
