@@ -53,8 +53,8 @@ class Trained:
     """A finished run.
 
     Attributes:
-        history: one record a logged step: ``step``, the terms, ``l0`` and ``l0/SITE``,
-            ``grad_components``, ``grad_importance``, ``seconds``.
+        history: one record a logged step, means over the `steps` since the one before: the terms,
+            ``l0`` and ``l0/SITE``, ``grad_components``, ``grad_importance``; and ``seconds``.
     """
 
     objective: Objective
@@ -272,22 +272,23 @@ def _steps(
                 smoothing=0.05,
             )
         )
-        before = time.perf_counter()
+        window = Window(state.objective)
         while state.step < config.n_steps:
             step = state.step
-            losses, norms = train_step(state, batches(step))
+            window.add(*train_step(state, batches(step)))
             bar.update()
             last = state.step == config.n_steps
             if step % config.log_every == 0 or last:
-                now = time.perf_counter()
-                record = _record(state.objective, losses, norms, step, now - before)
-                before = now
+                record = window.record(step)
+                window = Window(state.objective)
                 bar.set_postfix_str(_shown(record))
                 yield record
             stopped = anywhere(interrupts.asked, device)
-            due = state.step % config.checkpoint_every == 0 or last or stopped
-            if place is not None and due:
+            due = state.step % config.checkpoint_every == 0
+            if place is not None and (due or last or stopped):
                 save_state(state, place)
+            if due:  # a resumed run starts its window here, so this one does too
+                window = Window(state.objective)
             if stopped:
                 raise KeyboardInterrupt(_stopped(state, place))
 
@@ -299,24 +300,40 @@ def _stopped(state: RunState, place: Path | None) -> str:
     return f"{done}; saved in {place}. Continue with resume=True (--resume)."
 
 
-def _record(
-    objective: Objective, losses: Losses, norms: dict[str, float], step: int, seconds: float
-) -> dict[str, Any]:
-    firing = global_mean((losses.low > FIRING).flatten(0, -2).float().mean(0))
-    per_site = {
-        f"l0/{name}": float(firing[place].sum())
-        for name, place in objective.factors.layout.slices().items()
-    }
-    terms = {name: float(global_mean(value)) for name, value in losses.terms.items()}
-    return {
-        "step": step,
-        "total": float(losses.total),
-        **terms,
-        "l0": sum(per_site.values()),
-        **per_site,
-        **norms,
-        "seconds": seconds,
-    }
+class Window:
+    """Means over the steps since the last record: one batch's L0 is too noisy to see a drift in."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.count, self.start = objective, 0, time.perf_counter()
+        self.terms: dict[str, list[Tensor]] = {}
+        self.norms: dict[str, float] = {}
+        self.firing: Tensor | None = None
+
+    def add(self, losses: Losses, norms: dict[str, float]) -> None:
+        self.count += 1
+        firing = (losses.low > FIRING).flatten(0, -2).float().mean(0)
+        self.firing = firing if self.firing is None else self.firing + firing
+        for name, value in {"total": losses.total.detach(), **losses.terms}.items():
+            self.terms.setdefault(name, []).append(value)
+        for name, norm in norms.items():
+            self.norms[name] = self.norms.get(name, 0.0) + norm
+
+    def record(self, step: int) -> dict[str, Any]:
+        assert self.firing is not None, "a record of no steps"
+        firing = global_mean(self.firing / self.count)
+        per_site = {
+            f"l0/{name}": float(firing[place].sum())
+            for name, place in self.objective.factors.layout.slices().items()
+        }
+        return {
+            "step": step,
+            "steps": self.count,
+            **{k: float(global_mean(torch.stack(v).mean())) for k, v in self.terms.items()},
+            "l0": sum(per_site.values()),
+            **per_site,
+            **{name: norm / self.count for name, norm in self.norms.items()},
+            "seconds": time.perf_counter() - self.start,
+        }
 
 
 def _shown(record: dict[str, Any]) -> str:
