@@ -40,6 +40,14 @@ def tiny_set(n_controls: int = 3) -> ContrastSet:
 def test_global_random_state_is_left_as_found(tmp_path: Path) -> None:
     for name, seed in (("base", 0), ("sft", 1)):
         toy.save_tiny("llama", tmp_path / name, seed=seed)
+    for module in (
+        "sklearn.linear_model",
+        "scipy.stats",
+        "transformers",
+        "rich.progress",
+        "pandas",
+    ):
+        importlib.import_module(module)  # what an import draws is not our doing
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     lineage = mw.load_lineage(base=tmp_path / "base", sft=tmp_path / "sft")
     prompts = tiny_set()
