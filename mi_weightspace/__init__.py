@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mi_weightspace import organisms
+    from mi_weightspace import organisms, vpd
     from mi_weightspace.core.components import Components
     from mi_weightspace.core.direction import Direction
     from mi_weightspace.core.report import Report, load_report
@@ -36,7 +36,11 @@ _HOME = {
     "Lineage": "mi_weightspace.models.lineage",
     "Report": "mi_weightspace.core.report",
 }
-_MODULES = {"organisms": "mi_weightspace.organisms", "toy": "mi_weightspace.models.toy"}
+_MODULES = {
+    "organisms": "mi_weightspace.organisms",
+    "toy": "mi_weightspace.models.toy",
+    "vpd": "mi_weightspace.vpd",
+}
 
 __all__ = [
     "Components",
@@ -53,6 +57,7 @@ __all__ = [
     "project",
     "svd",
     "toy",
+    "vpd",
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_weightspace.core.site import Side, Site
@@ -36,6 +36,8 @@ class Components:
         source: where to stream the matrix from again; None when it is gone.
         facts: numbers about the whole matrix (``fro``, ``rel_fro``, ``resolved``, …), as the
             `svd` table of the design lists them.
+        index: (k,), the parts' own numbers where they came with some (components of a VPD); None
+            where the order is all there is.
     """
 
     site: Site
@@ -46,6 +48,7 @@ class Components:
     stage: str = ""
     source: SourceRef | None = None
     facts: dict[str, float | int | bool | str | None] = field(default_factory=dict)
+    index: Int[Tensor, " k"] | None = None
 
     def __post_init__(self) -> None:
         k = self.scale.shape[0]
@@ -63,4 +66,7 @@ class Components:
         return torch.einsum("k,ko,ki->oi", self.scale, self.write, self.read)
 
     def top(self, k: int) -> Components:
-        return replace(self, read=self.read[:k], write=self.write[:k], scale=self.scale[:k])
+        index = None if self.index is None else self.index[:k]
+        return replace(
+            self, read=self.read[:k], write=self.write[:k], scale=self.scale[:k], index=index
+        )

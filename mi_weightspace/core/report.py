@@ -299,6 +299,7 @@ REPORT_MODULES: tuple[str, ...] = (
     "mi_weightspace.spectral.svd",
     "mi_weightspace.spectral.project",
     "mi_weightspace.spectral.stages",
+    "mi_weightspace.vpd.decomposition",
     "probes.bank",
     "probes.dmu",
     "probes.prompt_audit",

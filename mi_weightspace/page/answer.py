@@ -16,6 +16,7 @@ from mi_weightspace.core.report import Report
 from mi_weightspace.core.stats import binomial_interval
 from mi_weightspace.core.verdict import Verdict, Word
 from mi_weightspace.page.markup import Frame, number, probability
+from mi_weightspace.page.vpd_numbers import vpd_numbers
 
 N_NUMBERS = 3
 ALPHA = 0.05
@@ -196,6 +197,8 @@ def _numbers(by_kind: dict[str, Report]) -> Iterable[Number]:
         yield from _probe_number(by_kind["probe"].table)
     if "svd" in by_kind or "check" in by_kind:
         yield from _size_number(by_kind)
+    if "vpd" in by_kind:
+        yield from (Number(*fields) for fields in vpd_numbers(by_kind["vpd"]))
 
 
 def _has(report: Report, name: str, *columns: str) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mi_weightspace.core import figures
+from mi_weightspace.core import figure_vpd, figures
 from mi_weightspace.core.report import Report
+from mi_weightspace.core.verdict import Word
 from mi_weightspace.page.charts import (
     dmu_figures,
     evidence_figures,
@@ -234,6 +235,35 @@ def _project(reports: Sequence[Report]) -> Section:
     )
 
 
+# ---- mechanism -----------------------------------------------------------------------------
+def _vpd(reports: Sequence[Report]) -> Section:
+    """Figures, checks and sites of decompositions; imported ones have sites alone."""
+    drawn: list[go.Figure] = []
+    tables: list[TableView] = []
+    for report in reports:
+        extra = dict(report.tables)
+        kept = {"history", "spectrum", "maskings", "ladder"}
+        drawn += [figure_vpd.of_report(report, w) for w in _VPD_FIGURES if kept <= extra.keys()]
+        if "checks" in extra:
+            tables.append(TableView("Self-checks", extra.pop("checks"), True))
+        tables.append(TableView("Matrices", report.table, not tables))
+        tables += others({k: v for k, v in extra.items() if k not in ("history", "ladder_runs")})
+    stopped = any(v.word == Word.UNCONVERGED for r in reports for v in r.verdicts)
+    note = " Unconverged: these numbers were still moving, and no figure is final." * stopped
+    return Section(
+        "Decomposition into rank-one parts (VPD)",
+        "Importance 1: the part is needed at that position whatever the others do, within the "
+        "attack's budget; 0: it may be taken away in part or whole. Importances and rounded "
+        "importances as masks are monitors. Numbers of parts are no numbers of mechanisms."
+        f"{note}",
+        tuple(drawn),
+        tuple(tables),
+    )
+
+
+_VPD_FIGURES = ("l0", "terms", "spectrum", "maskings", "ladder")
+
+
 # ---- the rest ------------------------------------------------------------------------------
 def _check(reports: Sequence[Report]) -> Section:
     return Section(
@@ -266,6 +296,7 @@ _BUILDERS: dict[str, tuple[tuple[str, ...], _Builder]] = {
     "probe": (("layer", "auroc"), _probe),
     "project": (("stage", "site", "cosine"), _project),
     "svd": (("stage", "site", "rel_fro", "kind", "layer"), _svd),
+    "vpd": (("site",), _vpd),
     "check": (("stage",), _check),
 }
 """Columns a form needs, and the form; a report without them is shown as tables."""

@@ -15,6 +15,9 @@ from mi_weightspace.spectral.measure import Row
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
 GONE = "The matrix is gone: cosines describe, nothing is tested."
+OWN_WEIGHTS = (
+    "Components of a model's own weights, not of a difference: cosines describe, nothing is tested."
+)
 WRITTEN_SHARE = 0.5
 """A matrix is where a stage wrote a change only if it writes at least half of it."""
 ALIGNED_RATES = (
@@ -58,7 +61,9 @@ def judge(row: Row, evidence: StageEvidence | None, alpha: float) -> Verdict:
     values["alpha"] = alpha
     values["p_adjusted"] = values.get("p_G" if run else "p_lda_rank", math.nan)
     word, reservations = _run_word(values, evidence, alpha) if run else _weights_word(values, alpha)
-    if not float(values.get("fro") or 0.0):
+    if row.parts.method == "vpd" and row.parts.source is None:
+        word, reservations = Word.UNDERPOWERED, (OWN_WEIGHTS,)
+    elif not float(values.get("fro") or 0.0):
         word, reservations = Word.NO_CHANGE, ()
     values["verdict"] = str(word)
     subject = f"{values['stage']} / {values['site']} / {row.direction.label}"

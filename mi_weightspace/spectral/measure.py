@@ -134,10 +134,17 @@ def _describe(row: Row) -> None:
         "cosine_without_loud": cosine_without(u, w, direction.variance),
         "participation": participation(u),
         "participation_direction": participation(w),
-        "subspace_energy": float((vectors.double() @ w.double()).square().sum()),
+        "subspace_energy": _held(parts, vectors, w),
         "p_isotropic": float(isotropic_cosine_p(torch.tensor([value]), direction.width)[0]),
         "p_covariance": _covariance_p(u, w, direction, row),
     }
+
+
+def _held(parts: Components, vectors: Tensor, w: Tensor) -> float:
+    """Share of w in the vectors' span; VPD's vectors are not orthogonal, so it has none to add."""
+    if parts.method == "vpd":
+        return math.nan
+    return float((vectors.double() @ w.double()).square().sum())
 
 
 def _covariance_p(u: Tensor, w: Tensor, direction: Direction, row: Row) -> float:
@@ -296,18 +303,18 @@ def _effect(row: Row, matrix: Float[Tensor, "d n"], evidence: StageEvidence | No
 
 def component_rows(row: Row) -> Iterator[dict[str, Any]]:
     parts = row.parts
-    held = 0.0
+    held, overlap = 0.0, parts.method == "vpd"  # energies add up in orthogonal directions only
     for k, vector in enumerate(parts.vectors(row.side)):
         value = cosine(vector, row.direction.pattern)
         held += value**2
         yield {
             **{c: row.values[c] for c in ("stage", "site", "side", "direction")},
-            "component": k,
+            "component": k if parts.index is None else int(parts.index[k]),
             "singular_value": float(parts.scale[k]),
             "cosine": value,
             "cosine_filter": math.nan
             if row.direction.filter is None
             else cosine(vector, row.direction.filter),
-            "cumulative_energy": held,
-            "chance_energy": (k + 1) / len(vector),
+            "cumulative_energy": math.nan if overlap else held,
+            "chance_energy": math.nan if overlap else (k + 1) / len(vector),
         }

@@ -129,7 +129,7 @@ def project(
     """Where, in which matrix, a direction is written or read, and how sure that is.
 
     Args:
-        components: of `svd` (one or several reports), or any `Components`.
+        components: of `svd` (one or several reports), a VPD `Decomposition`, or any `Components`.
         directions: one, several, or a probe bank. Cosines use the pattern, R_lda the filter.
         lineage, prompts: where both are given the stages are run and gate and G decide; `target`
             names the contrast asked about (default the only one).
@@ -158,7 +158,8 @@ def project(
         if own:
             source = sources(parts)
             mean = None if source is None else sources.unembedding_mean(parts.stage)
-            measure(own, source, mean, evidence, n_null=n_null, seed=seed)
+            ran = None if _own_weights(parts) else evidence
+            measure(own, source, mean, ran, n_null=n_null, seed=seed)
             details += [detail for row in own for detail in component_rows(row)]
         rows += own
     if not rows:
@@ -197,6 +198,9 @@ class _Sources:
 
     def __call__(self, parts: Components) -> WeightSource | None:
         stage = parts.stage
+        if _own_weights(parts):
+            self.missing[stage] = "components of a model's own weights are no difference"
+            return None
         if stage not in self._live and stage not in self.missing:
             found = self._lineage[stage] if stage in self._lineage else self._reopen(parts)
             if found is not None:
@@ -226,6 +230,11 @@ class _Sources:
         except WeightspaceError as error:
             self.missing[parts.stage] = f"the checkpoints are gone ({error.subject})"
             return None
+
+
+def _own_weights(parts: Components) -> bool:
+    """Components of a decomposed model: which stage wrote them is no question to them."""
+    return parts.method == "vpd" and parts.source is None
 
 
 def _same_weights(found: WeightSource, ref: SourceRef | None) -> None:

@@ -1,0 +1,59 @@
+"""VPD: adversarial parameter decomposition of a model's own matrices (vpd.md).
+
+    config = vpd.Config(sites=("blocks.*.mlp.*",), n_components=512)
+    parts = vpd.decompose(model, tokens, config)
+
+Names load on first use: importing this package loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mi_weightspace.vpd.card import Card
+    from mi_weightspace.vpd.config import VPDConfig as Config
+    from mi_weightspace.vpd.config import read_config
+    from mi_weightspace.vpd.decomposition import Decomposition
+    from mi_weightspace.vpd.exchange import export_components, import_components
+    from mi_weightspace.vpd.host import LensHost, ModuleHost
+    from mi_weightspace.vpd.planning import plan
+    from mi_weightspace.vpd.run import decompose
+
+_HOME = {
+    "Config": ("config", "VPDConfig"),
+    "read_config": ("config", "read_config"),
+    "decompose": ("run", "decompose"),
+    "Decomposition": ("decomposition", "Decomposition"),
+    "Card": ("card", "Card"),
+    "export_components": ("exchange", "export_components"),
+    "import_components": ("exchange", "import_components"),
+    "LensHost": ("host", "LensHost"),
+    "ModuleHost": ("host", "ModuleHost"),
+    "plan": ("planning", "plan"),
+}
+
+__all__ = [
+    "Card",
+    "Config",
+    "Decomposition",
+    "LensHost",
+    "ModuleHost",
+    "decompose",
+    "export_components",
+    "import_components",
+    "plan",
+    "read_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        module, attribute = _HOME[name]
+        return getattr(import_module(f"mi_weightspace.vpd.{module}"), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
