@@ -230,6 +230,57 @@ def svd(
     commands.clear_journal(str(journal))
 
 
+@app.command()
+def vpd(
+    model: Annotated[str, typer.Argument(help="A folder, adapter or hub id.")],
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Text or ids: .txt, .jsonl, .parquet, .npy, .safetensors, a folder."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the results.")] = None,
+    sites: Annotated[str | None, typer.Option(help="Globs, comma-separated.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML: keys of vpd.Config.")] = None,
+    components: Annotated[int | None, typer.Option(help="Subcomponents of each matrix.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step and process.")] = None,
+    allow_unfaithful: Annotated[
+        bool, typer.Option("--allow-unfaithful", help="Accept fewer components than the rank.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="Tokens a row, for text.")] = 64,
+    held_out: Annotated[
+        str | None, typer.Option(help="Evaluate on these; default: the last 5 % of the rows.")
+    ] = None,
+    ladder: Annotated[str | None, typer.Option(help="Steps of the attacks: 20,40,80,160.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the cost and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Decides every random draw.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Decompose matrices into rank-one parts by causal importance, evaluate and check them."""
+    from mi_weightspace import commands_vpd as own
+
+    flags = {"sites": own.globs(sites), "n_components": components, "n_steps": steps,
+             "batch_size": batch_size, "seed": seed,
+             "allow_unfaithful": allow_unfaithful or None}  # fmt: skip
+    values = own.merged(None if config is None else str(config), flags)
+    if plan:
+        typer.echo(str(own.plan(model, values, length=length)))
+        return
+    if tokens is None or out is None:
+        raise typer.BadParameter("--tokens and --out are needed (or --plan)")
+    if not own.begun(out):  # decompose itself says what can be done with a run that is there
+        check_output(out)
+    report = own.vpd(model, tokens, values, length=length, held_out=held_out,
+                     budgets=own.rungs(ladder), out=str(out), resume=resume,
+                     progress=not quiet)  # fmt: skip
+    if own.speaks():
+        for frame, columns in own.shown(report):
+            show(frame, columns)
+        for text in own.sentences(report):
+            typer.echo(text)
+        typer.echo(f"run folder: {out}")
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """``i/n`` with 0 ≤ i < n."""
     first, _, second = text.partition("/")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import probes
+from mi_weightspace.commands_vpd import vpd
 from mi_weightspace.core.components import SourceRef
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.direction_io import load_directions
@@ -322,7 +323,10 @@ COMMANDS: dict[str, Callable[..., Report]] = {
     "probe": probe,
     "svd": svd,
     "project": project,
+    "vpd": vpd,
 }
+TIMED = "seconds"
+"""A column of wall-clock times, in which no two runs agree."""
 
 
 def replay(folder: str, out: str, *, progress: bool = True) -> tuple[Report, Report]:
@@ -350,9 +354,14 @@ def differing(old: Report, new: Report) -> list[str]:
     """Names of tables and inputs in which two reports differ."""
     found = [] if same_frame(old.table, new.table) else ["table"]
     for name, frame in old.tables.items():
-        if name not in new.tables or not same_frame(frame, new.tables[name]):
+        other = new.tables.get(name)
+        if other is None or not same_frame(_untimed(frame), _untimed(other)):
             found.append(name)
     return found + [n for n in old.inputs if new.inputs.get(n) != old.inputs[n]]
+
+
+def _untimed(frame: Any) -> Any:
+    return frame.drop(columns=TIMED, errors="ignore")
 
 
 def clear_journal(journal: str) -> None:

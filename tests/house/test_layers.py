@@ -10,15 +10,19 @@ import pytest
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = {"commands", "commands_vpd"}
+FACE = {"mi_weightspace", "commands_vpd"}
 # package -> what it may import from this distribution (itself always)
 MAY_IMPORT = {
-    "mi_weightspace": {"core", "models", "spectral", "organisms", "commands"},  # face, page, cli
+    # face, page, cli
+    "mi_weightspace": {"core", "models", "spectral", "organisms", "vpd", *COMMANDS},
     "core": set(),
     "models": {"core"},
     "organisms": {"core", "models"},
     "spectral": {"core", "models"},
     "vpd": {"core", "models"},
-    "commands": {"core", "models", "spectral", "organisms", "mi_weightspace", "probes"},
+    "commands": {"core", "models", "spectral", "organisms", "probes", *FACE},
+    "commands_vpd": {"core", "models", "vpd"},
     "probes": {"core", "models"},
 }
 MAY_IMPORT_PROBES = {"mi_weightspace/cli.py", "mi_weightspace/demo.py"}
