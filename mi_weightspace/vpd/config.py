@@ -196,7 +196,6 @@ class SpeedConfig(_Config):
         fused_optimiser: torch's fused AdamW and Adam.
         fused_activations: torch's kernel for activations that a model writes out term by term.
         fast_float32: `models.arithmetic.fast_float32`, where this processor passes its check.
-        compile_importance: `torch.compile` of the importance network.
     """
 
     prefix: bool = True
@@ -207,7 +206,6 @@ class SpeedConfig(_Config):
     fused_optimiser: bool = True
     fused_activations: bool = True
     fast_float32: bool = True
-    compile_importance: bool = False
 
 
 class VPDConfig(_Config):

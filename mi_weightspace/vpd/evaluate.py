@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+import mi_weightspace.vpd.truth as truth
 from mi_weightspace.core.errors import ConfigError
-from mi_weightspace.vpd import truth
 from mi_weightspace.vpd.evaluate_baselines import compare_baselines
 from mi_weightspace.vpd.evaluate_masks import (
     HIDDEN_UNDER,

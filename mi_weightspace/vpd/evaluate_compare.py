@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+import mi_weightspace.vpd.truth as truth
 from mi_weightspace.core.errors import MismatchError
-from mi_weightspace.vpd import truth
 from mi_weightspace.vpd.evaluate import Evaluation
 from mi_weightspace.vpd.evaluate_stats import records
 from mi_weightspace.vpd.factors import Factors

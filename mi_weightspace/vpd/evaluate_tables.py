@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mi_weightspace.vpd import truth
+import mi_weightspace.vpd.truth as truth
 from mi_weightspace.vpd.evaluate_masks import (
     HIDDEN_UNDER,
     MONITORS,

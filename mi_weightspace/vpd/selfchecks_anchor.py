@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mi_weightspace.vpd.truth as truth
 from mi_weightspace.core.errors import OutputError
-from mi_weightspace.vpd import truth
 from mi_weightspace.vpd.config import VPDConfig, make_config
 from mi_weightspace.vpd.evaluate_compare import toy_scores
 from mi_weightspace.vpd.evaluate_stats import records

@@ -1,6 +1,6 @@
 """The training loop (vpd.md §5): warm-up, schedules, clipping, log, checkpoints, resume.
 
-Killed at any point and resumed, a run on a CPU ends in the same bits (SPEC.md, invariants 20–22).
+Killed at any point and resumed, a run on a CPU ends in the same bits (SPEC.md, invariants 20–23).
 """
 
 from __future__ import annotations
@@ -125,9 +125,6 @@ def start(host: Host, clean: Clean, config: VPDConfig) -> RunState:
     """Factors, importance network and optimisers at step 0 (before any warm-up)."""
     factors = initial_factors(host, config)
     importance = make_importance(factors, clean, config.importance, config.seed)
-    if config.speed.compile_importance:
-        for module in importance.networks:
-            module.compile()
     fused = config.speed.fused_optimiser
     components = torch.optim.AdamW(factors.parameters(), lr=config.lr, weight_decay=0, fused=fused)
     network = torch.optim.AdamW(

@@ -429,7 +429,7 @@ def test_a_model_that_zero_masks_do_not_touch_has_no_unit() -> None:
 
 # ---- schedules ---------------------------------------------------------------------------------
 def test_the_rate_goes_from_one_to_its_end_at_the_last_step() -> None:
-    """SPEC 34."""
+    """SPEC 19."""
     config = problems.toy_config(n_steps=11, lr_end=0.2)
     assert loop._cosine(0, config) == 1.0
     assert loop._cosine(5, config) == pytest.approx(0.6)

@@ -6,7 +6,6 @@ Losses, gradients and the sources' moves at fixed parameters, switch on against 
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
@@ -118,7 +117,7 @@ def test_starting_at_the_first_decomposed_block_changes_nothing(double: bool) ->
 
 def test_all_switches_together_change_nothing(plain: dict[bool, dict[str, Tensor]]) -> None:
     """SPEC 27."""
-    speed = dict.fromkeys(ALL_OFF, True) | {"compile_importance": False}
+    speed = dict.fromkeys(ALL_OFF, True)
     assert_close(language(speed, double=True), plain[True], 1e-10)
     assert_close(language(speed, double=False), plain[False], 1e-5)
 
@@ -144,15 +143,6 @@ def test_the_other_float32_path_changes_nothing(
     found = language({"fast_float32": True, "written_attention": True}, double=False)
     assert_close(found, plain[False], 1e-5)
     assert switch.fp32_precision == before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
-def test_compiling_the_importance_network_changes_nothing(
-    plain: dict[bool, dict[str, Tensor]],
-) -> None:
-    """SPEC 27."""
-    assert_close(language({"compile_importance": True}, double=False), plain[False], 1e-5)
 
 
 # ---- is the switch wired? ----------------------------------------------------------------------
