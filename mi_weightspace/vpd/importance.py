@@ -162,7 +162,11 @@ def rotate(x: Float[Tensor, "b h t e"], rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """RMS-normed inputs concatenated -> d_model -> blocks -> preactivations of its sites."""
+    """RMS-normed inputs concatenated -> d_model -> blocks -> preactivations of its sites.
+
+    Unlike the published network it norms the last residual stream in front of the head, as
+    pre-norm transformers usually do.
+    """
 
     def __init__(
         self, widths: Sequence[int], total: int, config: ImportanceConfig, draw: torch.Generator
