@@ -29,6 +29,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/svd_diff.py
 	$(BIN)/python benchmarks/activation_stats.py
+	$(BIN)/python benchmarks/vpd_step.py
 
 notebooks: $(STAMP)
 	mkdir -p notebooks
