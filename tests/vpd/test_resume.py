@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ LIVES = 60
 # ---- what is run -------------------------------------------------------------------------------
 def toy_run(folder: Path | None, **options: Any) -> Trained:
     terms = [{"source": "uniform", "routing": "uniform_k_subset"}, *problems.KEPT.values()]
-    config = problems.toy_config(reconstruction=terms, n_steps=20, checkpoint_every=2)
+    config = problems.toy_config(reconstruction=terms, n_steps=20, checkpoint_every=2, log_every=3)
     return train(
         problems.toy_host(), problems.toy_stream(), config, folder=folder, progress=False, **options
     )
@@ -278,23 +278,33 @@ def test_many_kills(tmp_path: Path, seed: int) -> None:
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Python's own handler of SIGINT, which a program started in the background does not get."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     """SPEC 22."""
 
-    def at_five(record: dict[str, Any]) -> None:
-        if record["step"] == 5:
+    def at_six(record: dict[str, Any]) -> None:
+        if record["step"] == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match=r"after 6 of 20 steps.*resume=True"):
-        toy_run(tmp_path / "stopped", on_log=at_five)
+    with pytest.raises(KeyboardInterrupt, match=r"after 7 of 20 steps.*resume=True"):
+        toy_run(tmp_path / "stopped", on_log=at_six)
     newest = latest(tmp_path / "stopped")
-    assert newest is not None and newest.name == "state-00000006"
+    assert newest is not None and newest.name == "state-00000007"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = ending(toy_run(tmp_path / "stopped", resume=True), tmp_path / "stopped")
     whole = ending(toy_run(tmp_path / "whole"), tmp_path / "whole")
     assert resumed == whole
 
 
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_between_checkpoints_and_without_a_folder(tmp_path: Path) -> None:
     """SPEC 22: step 6 is no multiple of `checkpoint_every`, and is saved all the same."""
     config = problems.toy_config(checkpoint_every=100)
@@ -311,6 +321,7 @@ def test_ctrl_c_between_checkpoints_and_without_a_folder(tmp_path: Path) -> None
         train(*problem, progress=False, on_log=at_five)
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_ctrl_c_does_not_wait() -> None:
     with interrupt.Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
