@@ -47,9 +47,10 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 )
 def test_a_target_is_a_function_of_its_seed(module: Any, config: Any) -> None:
     before = torch.get_rng_state()
-    made = module.train(config, 0)
-    assert same(made, module.train(config, 0))
-    assert not same(made, module.train(config, 1))
+    with vpd_ground_truth.one_thread():  # products of several threads may add up in another order
+        made = module.train(config, 0)
+        assert same(made, module.train(config, 0))
+        assert not same(made, module.train(config, 1))
     assert not any(p.requires_grad for p in made.parameters())
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -69,7 +70,7 @@ def test_published_sizes_and_schedules() -> None:
     assert (tms_5_2.minimality.p, tms_5_2.minimality.weight) == ((1.0, 1.0), 3e-3)
     short = [DECOMPOSITIONS[n]["short"] for n in ("tms_5_2", "tms_40_10", "resid_mlp_1")]
     assert [(s["n_steps"], s["batch_size"]) for s in short] == [
-        (4_000, 1_024),
+        (7_000, 1_024),
         (5_000, 1_024),
         (10_000, 512),
     ]
