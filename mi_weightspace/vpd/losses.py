@@ -216,5 +216,6 @@ def hidden_distance(masked: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -
     ratios = []
     for name, value in masked.items():
         target = clean[name].to(value.dtype)
-        ratios.append((value - target).square().sum() / target.square().sum())
+        size = global_mean(target.square().sum())  # of the whole batch, all processes together
+        ratios.append((value - target).square().sum() / size)
     return torch.stack(ratios).mean()
