@@ -6,12 +6,22 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mi_weightspace.core.monitor import (
+    MARGIN,
+    Bands,
+    Measure,
+    Ragged,
+    Watch,
+    calibrate,
+    extremes,
+)
 from mi_weightspace.core.site import Side, Site
 
 Method = Literal["svd", "svd_activation_weighted", "lora", "vpd"]
+Where = Literal["site", "stream"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +80,58 @@ class Components:
         return replace(
             self, read=self.read[:k], write=self.write[:k], scale=self.scale[:k], index=index
         )
+
+    def watch(
+        self,
+        side: Side = "write",
+        *,
+        k: int | None = 20,
+        where: Where = "site",
+        measure: Measure = "projection",
+    ) -> Watch:
+        """The k largest parts' vectors of one side, with the place they are watched at.
+
+        Args:
+            k: None watches all; 20 as published.
+            where: ``site``: the matrix's own input (``read``) or output (``write``);
+                ``stream``: the space behind it, e.g. the stream after the block for a write side.
+        """
+        chosen = self if k is None else self.top(k)
+        own = f"{self.site.name}:{'in' if side == 'read' else 'out'}"
+        return Watch(
+            self.site.name,
+            side,
+            own if where == "site" else self.site.space(side).canonical.name,
+            chosen.vectors(side),
+            tuple(range(len(chosen))) if chosen.index is None else tuple(chosen.index.tolist()),
+            stage=self.stage,
+            measure=measure,
+        )
+
+    def bands(
+        self,
+        activations: Ragged,
+        *,
+        side: Side = "write",
+        k: int | None = 20,
+        mask: Bool[Tensor, "n tokens"] | None = None,
+        where: Where = "site",
+        measure: Measure = "projection",
+        margin: float = MARGIN,
+    ) -> Bands:
+        """Min-max bands of activations along the k largest parts (`core.monitor`).
+
+        ``bands.check(others)`` then flags a harmless item with probability at most 2k/(n+1).
+
+        Args:
+            activations: of n calibration items, (n, d), (n, tokens, d) or one (tokens_i, d) each:
+                inputs of the matrix for ``side="read"``, outputs (or the stream, as `where` says)
+                for ``side="write"``.
+            mask: True where a token counts. margin: widening, in widths of the band.
+
+        Raises:
+            DirectionError: activations of another width.
+            PromptError: no item, an item without a token, or values that are not finite.
+        """
+        watched = self.watch(side, k=k, where=where, measure=measure)
+        return calibrate([watched], [extremes(watched, activations, mask)], margin=margin)
