@@ -300,8 +300,11 @@ REPORT_MODULES: tuple[str, ...] = (
     "mi_weightspace.spectral.project",
     "mi_weightspace.spectral.stages",
     "mi_weightspace.vpd.decomposition",
+    "mi_weightspace.vpd.differences.result",
+    "mi_weightspace.vpd.explain",
     "probes.bank",
     "probes.dmu",
+    "probes.gate_report",
     "probes.prompt_audit",
     "probes.readout",
 )

@@ -103,6 +103,10 @@ class Lens(Protocol):
         """Gain of the norm feeding the matrix (offset applied), or None."""
         ...
 
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        """Bias of the norm feeding the matrix, or None."""
+        ...
+
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         """Gain of the post-norm between the matrix and the stream, or None."""
         ...

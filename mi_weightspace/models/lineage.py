@@ -59,7 +59,7 @@ class Lineage:
                 remedy="load_lineage(base=..., sft=...).",
             )
         self.backend: Backend = backend
-        self._placed = {"device": device, "dtype": dtype}
+        self.placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self._sources = {name: open_source(model, name) for name, model in stages.items()}
         for before, after in self.steps:
             agree(self._sources[before], self._sources[after])
@@ -102,7 +102,7 @@ class Lineage:
         source = self._sources[self._known(stage)]
         if isinstance(source, ModuleSource):
             return source.lens
-        return load(source, backend=self.backend, **self._placed)
+        return load(source, backend=self.backend, **self.placed)
 
     def __getitem__(self, stage: str) -> Lens:
         return self.lens(stage)

@@ -142,6 +142,9 @@ class AdapterSource(_BySite):
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         return self.base.read_gain(site)
 
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        return self.base.read_shift(site)
+
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         return self.base.write_gain(site)
 

@@ -80,6 +80,10 @@ class WeightSource(Protocol):
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None: ...
 
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        """Bias of the norm in front of the matrix, or None."""
+        ...
+
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None: ...
 
     def factors(self, site: Site | str) -> Factors | None:
@@ -193,6 +197,12 @@ class CheckpointSource(_BySite):
         site = self.site(site)
         return self._gain(self.shape.table.pre_norm(site.kind), site.layer)
 
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        site = self.site(site)
+        path = self.shape.table.pre_norm(site.kind)
+        key = None if path is None else self._find(path.format(L=site.layer) + ".bias")
+        return None if key is None else self._finite(key)
+
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         site = self.site(site)
         return self._gain(self.shape.table.post_norm(site.kind), site.layer)
@@ -242,6 +252,9 @@ class ModuleSource(_BySite):
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         return self.lens.read_gain(site)
+
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        return self.lens.read_shift(site)
 
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         return self.lens.write_gain(site)
@@ -303,6 +316,9 @@ class Difference(_BySite):
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         """The *earlier* stage's gain: one fixed gain for both, never a mixture."""
         return self.before.read_gain(site)
+
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        return self.before.read_shift(site)
 
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         return self.before.write_gain(site)

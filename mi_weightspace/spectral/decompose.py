@@ -17,17 +17,16 @@ from torch import Tensor
 from mi_weightspace.core.components import Components
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Side, Site
+from mi_weightspace.models.rounding import RoundingFacts, edge_spread, flip_signs, judge, l1_size
 from mi_weightspace.models.weights import Difference, Factors, WeightSource
 from mi_weightspace.spectral.form import Formed, form
 from mi_weightspace.spectral.krylov import (
     Dense,
     Triplets,
     blocks_of,
-    edge_spread,
     leading_triplets,
     top_value,
 )
-from mi_weightspace.spectral.rounding import RoundingFacts, flip_signs, judge, l1_size
 
 UNRESOLVED_ANGLE = 0.2
 """A first vector whose certified angle error exceeds this is called unresolved."""

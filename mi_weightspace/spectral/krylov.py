@@ -403,12 +403,6 @@ def blocks_of(scale: Float[Tensor, " k"], noise: float = 0.0) -> list[int]:
     return numbers
 
 
-def edge_spread(m: int, n: int) -> float:
-    """Relative standard deviation of s₁ of an (m, n) noise matrix (Tracy-Widom, Johnstone 2001)."""
-    root = math.sqrt(m) + math.sqrt(n)
-    return 0.5 * 1.27 * (m**-0.5 + n**-0.5) ** (1 / 3) / root
-
-
 @contextmanager
 def fast_float32(matrix: Tensor) -> Iterator[None]:
     """Send large float32 products to oneDNN within the context, where that stays float32.

@@ -27,10 +27,10 @@ from mi_weightspace.core.evidence import (
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Side
 from mi_weightspace.core.stats import isotropic_cosine_p, rank_p, sign_flips
+from mi_weightspace.models.rounding import flip_signs
 from mi_weightspace.models.weights import WeightSource
 from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, clears, folded
 from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
-from mi_weightspace.spectral.rounding import flip_signs
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
 NAMED_ENERGY = 2 / 3

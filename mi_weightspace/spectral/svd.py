@@ -2,7 +2,7 @@
 
 For every matrix of a difference ``D = W_after − W_before``: sizes, the leading singular triplets by
 block Krylov (`spectral.krylov`) with a certificate, the noise edge of the first singular value, and
-what rounding to the storage precision does to all of it (`spectral.rounding`).
+what rounding to the storage precision does to all of it (`models.rounding`).
 
 Vectors are as the residual stream sees them: a matrix behind a norm is ``D·diag(g)`` with the
 *earlier* stage's gain, a matrix in front of a post-norm ``diag(g)·D`` (`fold_gains=False`: raw D).

@@ -29,6 +29,7 @@ from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Site
 from mi_weightspace.models.harvest import memory_tokens
 from mi_weightspace.models.lens import Lens
+from mi_weightspace.models.rounding import flip_signs
 from mi_weightspace.models.weights import Factors, WeightSource
 from mi_weightspace.spectral.krylov import (
     Dense,
@@ -40,7 +41,6 @@ from mi_weightspace.spectral.krylov import (
     is_small,
     top_value,
 )
-from mi_weightspace.spectral.rounding import flip_signs
 
 MAX_ROWS = 4096
 UNRESOLVED_ANGLE = 0.2

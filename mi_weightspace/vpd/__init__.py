@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mi_weightspace.vpd.config import VPDConfig as Config
     from mi_weightspace.vpd.config import read_config
     from mi_weightspace.vpd.decomposition import Decomposition
+    from mi_weightspace.vpd.differences.host import DifferenceHost, ModuleDifferenceHost
+    from mi_weightspace.vpd.differences.result import DifferenceDecomposition
+    from mi_weightspace.vpd.differences.run import decompose_difference
     from mi_weightspace.vpd.exchange import export_components, import_components
     from mi_weightspace.vpd.host import LensHost, ModuleHost
     from mi_weightspace.vpd.planning import plan
@@ -27,6 +30,10 @@ _HOME = {
     "decompose": ("run", "decompose"),
     "Decomposition": ("decomposition", "Decomposition"),
     "Card": ("card", "Card"),
+    "decompose_difference": ("differences.run", "decompose_difference"),
+    "DifferenceDecomposition": ("differences.result", "DifferenceDecomposition"),
+    "DifferenceHost": ("differences.host", "DifferenceHost"),
+    "ModuleDifferenceHost": ("differences.host", "ModuleDifferenceHost"),
     "export_components": ("exchange", "export_components"),
     "import_components": ("exchange", "import_components"),
     "LensHost": ("host", "LensHost"),
@@ -38,9 +45,13 @@ __all__ = [
     "Card",
     "Config",
     "Decomposition",
+    "DifferenceDecomposition",
+    "DifferenceHost",
     "LensHost",
+    "ModuleDifferenceHost",
     "ModuleHost",
     "decompose",
+    "decompose_difference",
     "export_components",
     "import_components",
     "plan",

@@ -12,7 +12,7 @@ from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Site
 from mi_weightspace.core.space import Space
 from mi_weightspace.vpd.config import VPDConfig
-from mi_weightspace.vpd.factors import Factors
+from mi_weightspace.vpd.factors import Factors, matrix_of
 from mi_weightspace.vpd.host import Host, LensHost
 from mi_weightspace.vpd.importance import Importance
 from mi_weightspace.vpd.objective import Objective
@@ -34,10 +34,7 @@ def rebuilt(arrays: Mapping[str, Tensor], config: VPDConfig, host: Host) -> Obje
         {n: arrays[f"{n}/{side}"].to(host.device) for n in host.names} for side in ("read", "write")
     )
     factors = Factors(host, reads, writes)
-    widths = {
-        n: len(factors.weights[n]) if n in host.scales else factors.weights[n].shape[1]
-        for n in host.names
-    }
+    widths = {n: host.width(n) for n in host.names}
     network = Importance(factors, widths, config.importance, generator(config.seed, "importance"))
     prefix = "importance/"
     stored = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
@@ -65,7 +62,8 @@ def gains(host: Host, names: Sequence[str]) -> dict[str, Tensor]:
     if lens is None:
         return found
     for name in names:
-        for side, gain in (("read", lens.read_gain(name)), ("write", lens.write_gain(name))):
+        matrix = matrix_of(name)
+        for side, gain in (("read", lens.read_gain(matrix)), ("write", lens.write_gain(matrix))):
             if gain is not None:
                 found[f"{name}/{side}_gain"] = gain.detach().cpu().clone()
     return found

@@ -62,12 +62,14 @@ class CachedBatches(CleanBatches):
         rows = rows.to(self.host.device)
         found = {key: value[rows] for key, value in self.kept.items()}
         names = self.host.names
+        seen = {n: found[self.same[f"seen/{n}"]] for n in names if f"seen/{n}" in self.same}
         return Clean(
             found["batch"],
             {name: found[self.same[f"input/{name}"]] for name in names},
             {name: found[self.same[f"output/{name}"]] for name in self.outputs},
             found["output"],
             found.get("start"),
+            seen or None,
         )
 
     def _fill(self, block: int) -> None:
@@ -95,6 +97,7 @@ def distinct(clean: Clean, outputs: tuple[str, ...]) -> tuple[dict[str, Tensor],
         tensors["start"] = clean.start
     tensors |= {f"input/{name}": x for name, x in clean.inputs.items()}
     tensors |= {f"output/{name}": clean.outputs[name] for name in outputs}
+    tensors |= {f"seen/{name}": x for name, x in (clean.seen or {}).items()}
     kept: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}

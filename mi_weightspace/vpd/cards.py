@@ -21,6 +21,7 @@ from mi_weightspace.core.errors import ConfigError, PromptError
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.vpd.card import Card, Context
 from mi_weightspace.vpd.effects import ablation_effect, inner_activations, norms, passes
+from mi_weightspace.vpd.factors import matrix_of
 from mi_weightspace.vpd.objective import Objective
 from mi_weightspace.vpd.readings import (
     Names,
@@ -253,8 +254,10 @@ def _words(
     lens: Any = objective.factors.host.lens  # pyright: ignore[reportAttributeAccessIssue]
     names = Names(lens.tokenizer)
     sign = -1.0 if numbers["important_activation"] < 0 else 1.0
-    write = write_reading(lens, name, objective.factors.writes[name][c].detach() * sign)
-    read = read_reading(lens, name, objective.factors.reads[name][c].detach() * sign)
+    factors, matrix = objective.factors, matrix_of(name)
+    own = (side[name][c : c + 1].detach() * sign for side in (factors.reads, factors.writes))
+    reads, writes = factors.host.in_matrix(name, *own)
+    write, read = write_reading(lens, matrix, writes[0]), read_reading(lens, matrix, reads[0])
     order = sorted(range(len(one.keys)), key=lambda i: -float(one.kept[i][2][one.kept[i][1]]))
     contexts = tuple(
         Context(tuple(names(int(i)) for i in tokens), at, tuple(g.tolist()), tuple(act.tolist()))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.components import Components
+from mi_weightspace.core.components import Components, SourceRef
 from mi_weightspace.core.errors import ConfigError, MismatchError, SiteError
 from mi_weightspace.core.report import Report
 from mi_weightspace.core.verdict import Word
@@ -29,6 +29,7 @@ from mi_weightspace.vpd.config import VPDConfig, make_config
 from mi_weightspace.vpd.data import prompt_ids
 from mi_weightspace.vpd.edits import ablated, rewritten
 from mi_weightspace.vpd.effects import passes
+from mi_weightspace.vpd.explain import Explanation, explain
 from mi_weightspace.vpd.host import Host
 from mi_weightspace.vpd.objective import Objective
 
@@ -134,10 +135,19 @@ class Decomposition(Report):
             *unit,
             scale=(sizes[0] * sizes[1])[order].float(),
             method="vpd",
-            stage=STAGE,
+            stage=self.stage_of(site),
+            source=self.source_of(site),
             facts={"fro": float((write.T @ read).norm()), "folded": fold_gains},
             index=order,
         )
+
+    def stage_of(self, site: str) -> str:
+        """`Components.stage` of a site."""
+        return STAGE
+
+    def source_of(self, site: str) -> SourceRef | None:
+        """Where the site's matrix can be streamed from again; a model at hand is not kept."""
+        return None
 
     def _known(self, site: str) -> str:
         if site not in self.config["sites"]:
@@ -263,6 +273,15 @@ class Decomposition(Report):
 
     def _ids(self, tokens: Any) -> Tensor:
         return prompt_ids(tokens, self.host)
+
+    def explain(self, update: Any, **options: Any) -> Explanation:
+        """How much of a difference or gradient reweights, rewires or adds to these components.
+
+        Args:
+            update: a `WeightSource` (a difference is one), matrices (d_out, d_in) by site, or one
+                matrix. options: of `vpd.explain.explain`.
+        """
+        return explain(self, update, **options)
 
     # ---- edits -----------------------------------------------------------------------------
     def ablate(self, site: str, components: Sequence[int]) -> Edit:

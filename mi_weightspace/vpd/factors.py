@@ -87,7 +87,7 @@ def component_counts(config: VPDConfig, names: tuple[str, ...]) -> dict[str, int
         return dict.fromkeys(names, given)
     counts: dict[str, int] = {}
     for glob, count in given.items():
-        found = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+        found = [n for n in names if any(fnmatch.fnmatchcase(x, glob) for x in (n, matrix_of(n)))]
         if not found:
             raise _counts_error(f"{glob!r}, which matches no site", names)
         for name in found:
@@ -96,6 +96,11 @@ def component_counts(config: VPDConfig, names: tuple[str, ...]) -> dict[str, int
     if missing:
         raise _counts_error(f"no number for {missing[:4]}", names)
     return {name: counts[name] for name in names}
+
+
+def matrix_of(name: str) -> str:
+    """The matrix of a site: an update is named ``MATRIX@STAGE``."""
+    return name.partition("@")[0]
 
 
 def _counts_error(given: str, names: tuple[str, ...]) -> ConfigError:
@@ -153,7 +158,7 @@ def _check_rank(name: str, weight: Tensor, count: int) -> None:
 
 def _faces_output(name: str) -> bool:
     """Whether the nonlinearity is on the output side (q, k, v, gate, in) or the input side."""
-    return not name.endswith(("attn.o", "mlp.out", "mlp_out", "embed", "linear2"))
+    return not matrix_of(name).endswith(("attn.o", "mlp.out", "mlp_out", "embed", "linear2"))
 
 
 def _random(weight: Tensor, count: int, draw: torch.Generator, _: bool) -> tuple[Tensor, Tensor]:

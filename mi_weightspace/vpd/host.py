@@ -36,6 +36,7 @@ class Clean:
         outputs: site -> its output, (*pos, d_out).
         output: logits (*pos, vocab) or prediction (*pos, d).
         start: the residual stream before the first decomposed block, or None.
+        seen: site -> what an importance network reads there, where that is not `inputs`.
     """
 
     batch: Tensor
@@ -43,9 +44,12 @@ class Clean:
     outputs: Mapping[str, Tensor]
     output: Tensor
     start: Tensor | None = None
+    seen: Mapping[str, Tensor] | None = None
 
     def features(self, name: str) -> Tensor:
         """What an importance network reads at a site: its input, an embedding's output."""
+        if self.seen is not None:
+            return self.seen[name]
         x = self.inputs[name]
         return x if x.is_floating_point() else self.outputs[name]
 
@@ -58,6 +62,7 @@ class Clean:
             outputs={k: v[rows] for k, v in self.outputs.items()},
             output=self.output[rows],
             start=None if self.start is None else self.start[rows],
+            seen=None if self.seen is None else {k: v[rows] for k, v in self.seen.items()},
         )
 
     def tiled(self, times: int) -> Clean:
@@ -92,8 +97,16 @@ class Host(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def site(self, name: str) -> Site | None: ...
+    def width(self, name: str) -> int:
+        """Of what an importance network reads at the site (`Clean.features`)."""
+        ...
+
     def weight(self, name: str) -> Float[Tensor, "d_out d_in"]: ...
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None: ...
+    def in_matrix(self, name: str, read: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (C, d) as the matrix itself reads and writes them: `weight` may be a core."""
+        ...
+
     def clean(self, batch: Tensor) -> Clean: ...
     def forward(self, clean: Clean, functions: Mapping[str, Adjust]) -> Tensor:
         """The output with each named site adjusted; gradients flow."""
@@ -168,6 +181,10 @@ class ModuleHost:
     def site(self, name: str) -> Site | None:
         return None
 
+    def width(self, name: str) -> int:
+        matrix: Any = self._linears[name].weight
+        return matrix.shape[1]
+
     def weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
         matrix: Any = self._linears[name].weight
         return matrix.detach().to(self.dtype, copy=True)
@@ -175,6 +192,9 @@ class ModuleHost:
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
         bias: Any = self._linears[name].bias
         return None if bias is None else bias.detach().to(self.dtype)
+
+    def in_matrix(self, name: str, read: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+        return read, write
 
     def clean(self, batch: Tensor) -> Clean:
         inputs: dict[str, Tensor] = {}
@@ -269,6 +289,10 @@ class LensHost:
     def site(self, name: str) -> Site | None:
         return self._sites[name]
 
+    def width(self, name: str) -> int:
+        site = self._sites[name]
+        return site.d_out if name in self.scales else site.d_in
+
     def weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
         if self.dtype == torch.float64:
             return self.lens.stored(name).to(torch.float64, copy=True)
@@ -277,6 +301,9 @@ class LensHost:
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
         bias = self.lens.bias(name)
         return None if bias is None else bias.to(self.dtype)
+
+    def in_matrix(self, name: str, read: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+        return read, write
 
     def clean(self, batch: Tensor) -> Clean:
         inputs: dict[str, Tensor] = {}
@@ -291,11 +318,14 @@ class LensHost:
         return Clean(batch, inputs, outputs, result.logits, result.captured[first])
 
     def forward(self, clean: Clean, functions: Mapping[str, Adjust]) -> Tensor:
-        start = None
-        if clean.start is not None and self._first is not None:
-            start = self._first, clean.start
         with self.lens.adjusted(functions):
-            return self.lens.forward(clean.batch, start=start)
+            return self.lens.forward(clean.batch, start=self.start_of(clean))
+
+    def start_of(self, clean: Clean) -> tuple[int, Tensor] | None:
+        """Where a masked pass of this batch begins (`Lens.forward`), None for the beginning."""
+        if clean.start is None or self._first is None:
+            return None
+        return self._first, clean.start
 
     @contextmanager
     def prepared(self, speed: SpeedConfig) -> Iterator[None]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mi_weightspace.core.errors import ConfigError, OutputError
 from mi_weightspace.vpd.assemble import as_host, site_record, stored_arrays
@@ -20,10 +20,11 @@ from mi_weightspace.vpd.data import Data, prepare
 from mi_weightspace.vpd.decomposition import Decomposition
 from mi_weightspace.vpd.distributed import rank
 from mi_weightspace.vpd.host import Host
-from mi_weightspace.vpd.objective import Objective
 from mi_weightspace.vpd.state import config_hash
-from mi_weightspace.vpd.train import train
+from mi_weightspace.vpd.stream import Stream
+from mi_weightspace.vpd.train import Trained, train
 
+Kind = TypeVar("Kind", bound=Decomposition)
 TRAINING = "training"
 PARTIAL = ".report.partial"
 WORDING = (
@@ -71,13 +72,36 @@ def decompose(
     place = None if out is None else Path(out)
     host = as_host(model, settings.sites, prefix=settings.speed.prefix)
     data = prepare(tokens, held_out, host, settings, length)
-    finished = _finished(place, settings, host, resume=resume)
+    finished = finished_run(Decomposition, place, settings, host, resume=resume)
     if finished is not None:
         return finished
+    trained, seconds = trained_on(
+        host, data.stream, settings, place, resume=resume, progress=progress, on_log=on_log
+    )
+    fields = bare(trained, data, seconds, record)
+    parts = Decomposition(**fields).with_objective(trained.objective)
+    options = {"progress": progress, **(evaluation or {})}
+    parts = parts.assessed(data.batches, data.measured_on, **options)
+    if place is not None and rank() == 0:
+        join(parts, place)
+    return parts
+
+
+def trained_on(
+    host: Host,
+    stream: Stream,
+    settings: VPDConfig,
+    place: Path | None,
+    *,
+    resume: bool,
+    progress: bool,
+    on_log: Callable[[dict[str, Any]], None] | None,
+) -> tuple[Trained, float]:
+    """`train` into the run folder, frozen at the end; and its seconds."""
     start = time.perf_counter()
     trained = train(
         host,
-        data.stream,
+        stream,
         settings,
         folder=None if place is None else place / TRAINING,
         resume=resume,
@@ -86,13 +110,7 @@ def decompose(
     )
     trained.factors.requires_grad_(False)
     trained.objective.importance.requires_grad_(False)
-    parts = bare(trained.objective, trained.history, data, record)
-    parts.timings["training"] = time.perf_counter() - start  # pyright: ignore[reportIndexIssue]
-    options = {"progress": progress, **(evaluation or {})}
-    parts = parts.assessed(data.batches, data.measured_on, **options)
-    if place is not None and rank() == 0:
-        _join(parts, place)
-    return parts
+    return trained, time.perf_counter() - start
 
 
 def as_config(given: VPDConfig | Mapping[str, Any] | str | Path | None) -> VPDConfig:
@@ -105,23 +123,21 @@ def as_config(given: VPDConfig | Mapping[str, Any] | str | Path | None) -> VPDCo
 
 # ---- result --------------------------------------------------------------------------------
 def bare(
-    objective: Objective,
-    history: Sequence[Mapping[str, Any]],
-    data: Data,
-    record: Mapping[str, Any] | None = None,
-) -> Decomposition:
-    """A trained decomposition before any evaluation."""
+    trained: Trained, data: Data, seconds: float, record: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of a trained decomposition's report before any evaluation."""
     import pandas as pd
 
+    objective = trained.objective
     host, layout = objective.factors.host, objective.factors.layout
     counts = dict(zip(layout.names, layout.sizes, strict=True))
     notes = [*data.reservations, WORDING]
     kind = objective.config.importance
     if kind.kind.endswith("transformer") and not kind.causal:
         notes.append("The importance network reads later tokens: it explains, and cannot gate.")
-    return Decomposition(
+    return dict[str, Any](
         table=pd.DataFrame({"site": list(counts), "n_components": list(counts.values())}),
-        tables={"history": pd.DataFrame(list(history))},
+        tables={"history": pd.DataFrame(list(trained.history))},
         arrays=stored_arrays(objective),
         config={
             **(record or {}),
@@ -132,14 +148,14 @@ def bare(
         },
         inputs={"model": host.fingerprint, "tokens": data.digest},
         reservations=tuple(notes),
-        timings={},
-    ).with_objective(objective)
+        timings={"training": seconds},
+    )
 
 
 # ---- run folder ----------------------------------------------------------------------------
-def _finished(
-    place: Path | None, config: VPDConfig, host: Host, *, resume: bool
-) -> Decomposition | None:
+def finished_run(
+    kind: type[Kind], place: Path | None, config: VPDConfig, host: Host, *, resume: bool
+) -> Kind | None:
     """The result that is there already (only with `resume`).
 
     Raises:
@@ -159,7 +175,7 @@ def _finished(
         )
     if not done:
         return None
-    parts = Decomposition.load(place)
+    parts = kind.load(place)
     if config_hash(parts.settings) != config_hash(config):
         raise ConfigError(
             f"configuration of the run in {place}",
@@ -170,7 +186,7 @@ def _finished(
     return parts.attach(host)
 
 
-def _join(parts: Decomposition, place: Path) -> None:
+def join(parts: Decomposition, place: Path) -> None:
     """Move the report's files beside ``training/``; what makes it load comes last."""
     staging = place / PARTIAL
     shutil.rmtree(staging, ignore_errors=True)

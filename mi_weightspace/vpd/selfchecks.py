@@ -49,6 +49,9 @@ IDENTITY = 1e-5
 """Relative difference of full masks from the host that only reassociation can explain."""
 UNMASKED = 0.01
 UNMASKED_FAIL = 0.1
+SELECTED = 0.1
+"""Of K0, where a difference is decomposed without faithfulness: what the components leave out."""
+SELECTED_FAIL = 0.3
 REMAINDER = 1e-3
 REMAINDER_FAIL = 1e-2
 FIRM = 0.5
@@ -139,6 +142,9 @@ def _coverage(objective: Objective, evaluation: Evaluation) -> Check:
             f"{len(sites)} sites: {names[:LISTED]}"
         )
     outcome: Outcome = "FAIL" if short else "PASS"
+    if short and objective.config.faithfulness.weight == 0:
+        outcome = "PASS"  # the remainder holds the rest, and the adversary owns the remainder
+        text = f"{len(sites)} matrices; {len(short)} have fewer components than rank, as asked"
     return Check("coverage", outcome, float(len(short)), 0.0, "shapes", text)
 
 
@@ -147,16 +153,18 @@ def _unmasked(config: VPDConfig, evaluation: Evaluation, data: str) -> list[Chec
     text = f"components alone lose {share:.3g} of what switching all of them off loses ({zero:.3g})"
     if math.isnan(share):
         text = "switching every component off changes nothing: these matrices do not matter here"
-    outcome = graded(share, UNMASKED, UNMASKED_FAIL)
-    first = Check("unmasked", outcome, share, UNMASKED, data, text)
+    selective = config.faithfulness.weight == 0
+    limits = (SELECTED, SELECTED_FAIL) if selective else (UNMASKED, UNMASKED_FAIL)
+    first = Check("unmasked", graded(share, *limits), share, limits[0], data, text)
     left = {r["site"]: r["remainder"] for r in records(evaluation.sites)}
     left = {k: 0.0 if math.isnan(v) else v for k, v in left.items()}  # of a zero matrix: nothing
     worst = max(left, key=lambda k: left[k])
     text = f"largest |Δ|²/|W|² {left[worst]:.3g} at {worst}, median {median(left.values()):.3g}"
     if config.faithfulness.weight == 0:
         text += "; faithfulness was not asked for"
-    outcome = graded(left[worst], REMAINDER, REMAINDER_FAIL)
-    return [first, Check("remainder", outcome, left[worst], REMAINDER, f"{len(left)} sites", text)]
+    limits = (1.0, math.inf) if selective else (REMAINDER, REMAINDER_FAIL)
+    outcome = graded(left[worst], *limits)
+    return [first, Check("remainder", outcome, left[worst], limits[0], f"{len(left)} sites", text)]
 
 
 # ---- 5: importances -----------------------------------------------------------

@@ -64,7 +64,48 @@ class TokenStream:
         return self.tokens[self.rows(step)]
 
 
-@lru_cache(maxsize=2)
+@dataclass(frozen=True, eq=False)
+class MixedStream(TokenStream):
+    """Batches of two tables: the first `n_first` rows of `tokens` fill `first_size` of each.
+
+    Raises:
+        PromptError: a part with fewer rows than it has to give to one batch.
+    """
+
+    n_first: int = 0
+    first_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for n, size in self._parts:
+            if n < size * world():
+                raise PromptError(
+                    "tokens of one part of a mixture",
+                    given=f"{n} rows",
+                    expected=f"at least {size * world()}, its share of a batch",
+                    remedy="Give more text, or lower batch_size.",
+                )
+
+    @property
+    def _parts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        rest = len(self.tokens) - self.n_first, self.batch_size - self.first_size
+        return (self.n_first, self.first_size), rest
+
+    def rows(self, step: int) -> Int[Tensor, " batch"]:
+        """Every process' share holds both parts in the same proportion."""
+        drawn, start = [], 0
+        for n, size in self._parts:
+            if size:
+                whole = size * world()
+                per_epoch = n // whole
+                order = _order(n, self.seed, step // per_epoch)
+                at = (step % per_epoch) * whole
+                drawn.append((start + order[at : at + whole]).view(world(), size))
+            start += n
+        return torch.cat(drawn, dim=1).flatten()
+
+
+@lru_cache(maxsize=8)
 def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, "order", epoch))
 

@@ -82,6 +82,9 @@ def test_sites_matrices_biases_and_gains(case: Case) -> None:
             gain = conformance.gain(case.oracle.model, site.name, side)
             assert (mine is None) == (gain is None), (site, side)
             assert mine is None or torch.equal(mine, gain), (site, side)
+        shift, theirs = case.lens.read_shift(site), TorchLens(case.oracle.model).read_shift(site)
+        assert (shift is None) == (theirs is None), site
+        assert shift is None or theirs is None or torch.equal(shift, theirs), site
 
 
 def _rounded(case: Case) -> bool:

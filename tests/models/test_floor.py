@@ -68,6 +68,7 @@ def test_disk_equals_memory(lens: TorchLens, tmp_path: Path) -> None:
         for mine, theirs in (
             (source.bias(site), lens.bias(site)),
             (source.read_gain(site), lens.read_gain(site)),
+            (source.read_shift(site), lens.read_shift(site)),
             (source.write_gain(site), lens.write_gain(site)),
         ):
             assert (mine is None) == (theirs is None)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from mi_weightspace.core.seeds import generator
+from mi_weightspace.models.rounding import edge_spread
 from mi_weightspace.spectral.krylov import (
     BFLOAT16_REACH,
     Dense,
     Triplets,
     block_krylov,
     blocks_of,
-    edge_spread,
     exact_svd,
     fast_float32,
     is_small,

@@ -148,10 +148,20 @@ class HookedTransformerLens(HookedLens):
         site = self.site(site)
         if self.shape.table.pre_norm(site.kind) is None:
             return None
+        return self._gain(self._pre_norm(site))
+
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        site = self.site(site)
+        if self.shape.table.pre_norm(site.kind) is None:
+            return None
+        bias: Any = getattr(self._pre_norm(site), "b", None)
+        return None if bias is None else bias.detach().float().clone()
+
+    def _pre_norm(self, site: Site) -> nn.Module:
         if site.kind == "unembed":
-            return self._gain(self.model.ln_final)
+            return self.model.ln_final
         block = self.model.blocks[site.layer]
-        return self._gain(block.ln1 if site.kind.startswith("attn") else block.ln2)
+        return block.ln1 if site.kind.startswith("attn") else block.ln2
 
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         site = self.site(site)

@@ -72,6 +72,9 @@ class HookedLens(ABC):
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None: ...
 
     @abstractmethod
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None: ...
+
+    @abstractmethod
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None: ...
 
     @abstractmethod

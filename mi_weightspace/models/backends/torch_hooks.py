@@ -168,6 +168,13 @@ class TorchLens(HookedLens):
         site = self.site(site)
         return self._gain(self.shape.table.pre_norm(site.kind), site.layer)
 
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        site = self.site(site)
+        path = self.shape.table.pre_norm(site.kind)
+        norm = None if path is None else self.at(path.format(L=site.layer))
+        bias: Any = getattr(norm, "bias", None)
+        return None if bias is None else bias.detach().float()
+
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         site = self.site(site)
         return self._gain(self.shape.table.post_norm(site.kind), site.layer)

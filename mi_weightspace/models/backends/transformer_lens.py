@@ -99,6 +99,13 @@ class BridgeLens(HookedLens):
         site = self.site(site)
         return self._gain(self.shape.table.pre_norm(site.kind), site.layer)
 
+    def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
+        site = self.site(site)
+        path = self.shape.table.pre_norm(site.kind)
+        norm = None if path is None else self.root.get_submodule(path.format(L=site.layer))
+        bias: Any = getattr(getattr(norm, "original_component", norm), "bias", None)
+        return None if bias is None else bias.detach().float()
+
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
         site = self.site(site)
         return self._gain(self.shape.table.post_norm(site.kind), site.layer)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mi_weightspace.core.seeds import generator
-from mi_weightspace.spectral.krylov import Dense, top_value
-from mi_weightspace.spectral.rounding import (
+from mi_weightspace.models.rounding import (
     RoundingFacts,
     dither_energy,
     flip_signs,
@@ -23,6 +22,7 @@ from mi_weightspace.spectral.rounding import (
     spacing,
     threshold,
 )
+from mi_weightspace.spectral.krylov import Dense, top_value
 
 pytestmark = pytest.mark.quick
 

@@ -29,7 +29,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_weightspace.core.seeds import generator, numpy_generator
-from mi_weightspace.spectral.krylov import edge_spread
 
 Flag = Literal["none", "amber", "red"]
 AMBER = 5e-3
@@ -188,6 +187,12 @@ def judge(
         floor=floor,
         l1_size=l1_size(mean_absolute, m, n),
     )
+
+
+def edge_spread(m: int, n: int) -> float:
+    """Relative standard deviation of s₁ of an (m, n) noise matrix (Tracy-Widom, Johnstone 2001)."""
+    root = math.sqrt(m) + math.sqrt(n)
+    return 0.5 * 1.27 * (m**-0.5 + n**-0.5) ** (1 / 3) / root
 
 
 def flip_signs(matrix: Float[Tensor, "m n"], *, seed: int, name: str) -> None:

@@ -1,0 +1,1 @@
+"""VPD of what training changed: differences between stages as the matrices to decompose."""
