@@ -179,6 +179,65 @@ def probe(
 
 
 @app.command()
+def gate(
+    model: Annotated[str, typer.Argument(help="A folder, adapter or hub id.")],
+    direction: Annotated[str, typer.Option(help="direction.safetensors, of a probe run, say.")],
+    prompts: Prompts,
+    out: Out,
+    controls: Controls = None,
+    layer: Annotated[int | None, typer.Option(help="Of a bare vector, or which to pick.")] = None,
+    target: Target = None,
+    alphas: Annotated[
+        str | None, typer.Option(help="Sizes of what is added, comma-separated: 0.25,0.5,1.")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="Tokens changed: last, suffix or all.")] = "last",
+    onward: Annotated[bool, typer.Option("--onward", help="Every later layer too.")] = False,
+    rank: Annotated[int, typer.Option(help="Ablate the span of this many directions.")] = 1,
+    n_null: Annotated[int, typer.Option(help="Null directions to rank among.")] = 199,
+    protocol: Annotated[str, typer.Option(help="pair_residual, or v1.1.")] = "pair_residual",
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="The direction is of another stage.")
+    ] = False,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Does the model use a direction? Take it out, add it, and rank what happens."""
+    from mi_weightspace import commands
+
+    check_output(out)
+    args = {"model": model, "direction": direction, "prompts": prompts, "controls": controls,
+            "layer": layer, "target": target, "alphas": sizes(alphas), "positions": positions,
+            "onward": onward, "rank": rank, "n_null": n_null, "protocol": protocol,
+            "other_model": other_model, "seed": seed}  # fmt: skip
+    report = commands.gate(**args, progress=not quiet)  # pyright: ignore[reportArgumentType]
+    columns = ("intervention", "alpha", "prompts", "scale", "n", "before", "effect", "low", "high",
+               "null_mean", "p_adjusted", "isotropic_z", "interpretable")  # fmt: skip
+    finish(report, out, "gate", args, columns, report.table)
+
+
+def sizes(text: str | None) -> list[float] | None:
+    """``0.5,1,2`` as numbers.
+
+    Raises:
+        ConfigError: anything that is no positive number.
+    """
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < float("inf") for value in found):
+        raise ConfigError(
+            "--alphas",
+            given=repr(text),
+            expected="positive numbers, comma-separated",
+            remedy="--alphas 0.25,0.5,1 (both signs are run)",
+        )
+    return found
+
+
+@app.command()
 def svd(
     models: Models,
     out: Out,
@@ -232,11 +291,26 @@ def svd(
 
 @app.command()
 def vpd(
-    model: Annotated[str, typer.Argument(help="A folder, adapter or hub id.")],
+    models: Annotated[
+        list[str], typer.Argument(help="A folder, adapter or hub id; with --diff, the stages.")
+    ],
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Decompose what changed from each stage to the next.")
+    ] = False,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Text or ids: .txt, .jsonl, .parquet, .npy, .safetensors, a folder."),
+        typer.Option(
+            help="Text or ids: .txt, .jsonl, .parquet, .npy, .safetensors, a folder. With --diff: "
+            "text on which the behaviour shows."
+        ),
     ] = None,
+    broad: Annotated[str | None, typer.Option(help="With --diff: any other text.")] = None,
+    regime: Annotated[
+        str | None, typer.Option(help="With --diff: selective (default) or faithful.")
+    ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="With --diff: what must be taken back, instead.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="A new folder for the results.")] = None,
     sites: Annotated[str | None, typer.Option(help="Globs, comma-separated.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML: keys of vpd.Config.")] = None,
@@ -263,14 +337,16 @@ def vpd(
              "batch_size": batch_size, "seed": seed,
              "allow_unfaithful": allow_unfaithful or None}  # fmt: skip
     values = own.merged(None if config is None else str(config), flags)
+    change = own.Change(broad=broad, regime=regime, remove=remove) if diff else None
+    own.check_models(models, change, {"--broad": broad, "--regime": regime, "--remove": remove})
     if plan:
-        typer.echo(str(own.plan(model, values, length=length)))
+        typer.echo(str(own.plan(models, values, length=length, diff=diff)))
         return
     if tokens is None or out is None:
         raise typer.BadParameter("--tokens and --out are needed (or --plan)")
     if not own.begun(out):  # decompose itself says what can be done with a run that is there
         check_output(out)
-    report = own.vpd(model, tokens, values, length=length, held_out=held_out,
+    report = own.vpd(models, tokens, values, change=change, length=length, held_out=held_out,
                      budgets=own.rungs(ladder), out=str(out), resume=resume,
                      progress=not quiet)  # fmt: skip
     if own.speaks():

@@ -16,7 +16,7 @@ import probes
 from mi_weightspace.commands_vpd import vpd
 from mi_weightspace.core.components import SourceRef
 from mi_weightspace.core.direction import Direction
-from mi_weightspace.core.direction_io import load_directions
+from mi_weightspace.core.direction_io import load_direction, load_directions
 from mi_weightspace.core.errors import ConfigError, DirectionError, OutputError
 from mi_weightspace.core.report import Report, check_output, load_report, same_frame
 from mi_weightspace.models.harvest import harvest
@@ -25,6 +25,7 @@ from mi_weightspace.models.lineage import (
     Lineage,
     check_stages,
     open_source,
+    stage_names,
 )
 from mi_weightspace.models.load import load
 from mi_weightspace.models.weights import WeightSource
@@ -36,12 +37,6 @@ from mi_weightspace.spectral.svd import svd as decompose_sources
 BYTES_PER_ENTRY = 20
 """Peak of one worker per entry of its largest matrix: two float32 copies, the difference, its
 sign-flipped copy, and the Krylov basis."""
-
-
-def stage_names(models: Sequence[str]) -> list[str]:
-    """A short name for each model: the last part of its path, numbered where two agree."""
-    names = [Path(m).name or m for m in models]
-    return [n if names.count(n) == 1 else f"{i}-{n}" for i, n in enumerate(names)]
 
 
 def with_command(report: Report, command: str, args: Mapping[str, Any]) -> Any:
@@ -136,6 +131,42 @@ def probe(
     )
     return probes.fit(
         activations, contrasts, target=target, method=method, seed=seed, progress=progress
+    )
+
+
+def gate(
+    model: str,
+    direction: str,
+    prompts: str,
+    controls: str | None = None,
+    *,
+    layer: int | None = None,
+    target: str | None = None,
+    alphas: Sequence[float] | None = None,
+    positions: Any = "last",
+    onward: bool = False,
+    rank: int = 1,
+    n_null: int = 199,
+    protocol: Any = "pair_residual",
+    other_model: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Whether a model uses a direction: interventions along it, ranked among null directions."""
+    return probes.gate(
+        model,
+        load_direction(direction, layer=layer),
+        probes.load_contrasts(prompts, controls),
+        target=target,
+        positions=positions,
+        onward=onward,
+        rank=rank,
+        n_null=n_null,
+        protocol=protocol,
+        other_model=other_model,
+        seed=seed,
+        progress=progress,
+        alphas=alphas,
     )
 
 
@@ -321,6 +352,7 @@ def report(folders: Sequence[str], out: str, *, title: str = "mi-weightspace") -
 COMMANDS: dict[str, Callable[..., Report]] = {
     "dmu": dmu,
     "probe": probe,
+    "gate": gate,
     "svd": svd,
     "project": project,
     "vpd": vpd,

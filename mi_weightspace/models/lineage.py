@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -129,6 +129,12 @@ class Lineage:
     def check(self) -> CheckReport:
         """Agreement of the stages as a table, with a verdict for each step."""
         return check_stages(self._sources)
+
+
+def stage_names(models: Sequence[str]) -> list[str]:
+    """A short name for each model: the last part of its path, numbered where two agree."""
+    names = [Path(m).name or m for m in models]
+    return [n if names.count(n) == 1 else f"{i}-{n}" for i, n in enumerate(names)]
 
 
 def open_source(model: Any, name: str = "live model") -> WeightSource:

@@ -152,7 +152,7 @@ class DifferenceHost(_Algebra):
         self.inner = LensHost(lens, matrices, prefix=prefix)
         self.lens, self.features = lens, features
         self.dtype = self.inner.dtype
-        self.updates = {u.name: u.to(lens.device, self.dtype) for u in updates}
+        self.updates = {u.name: u.to(lens.device, self.dtype, lens.dtype) for u in updates}
         self.starts = self._placed(starts, lens.device, lens.dtype)
         self.names = tuple(self.updates)
         self.layers: Mapping[str, int | None] = {n: u.site.layer for n, u in self.updates.items()}
@@ -248,7 +248,7 @@ class ModuleDifferenceHost(_Algebra):
     ) -> None:
         self.inner = ModuleHost(last, sites)
         self.dtype = self.inner.dtype
-        self.updates = {u.name: u.to(self.inner.device, self.dtype) for u in updates}
+        self.updates = {u.name: u.to(self.inner.device, self.dtype, self.dtype) for u in updates}
         self.starts = self._placed(starts, self.inner.device, self.dtype)
         self.names = tuple(self.updates)
         self.layers: Mapping[str, int | None] = dict.fromkeys(self.names)

@@ -69,6 +69,7 @@ class Update:
             (r, r) core of a low-rank update.
         left, right: (d_out, r) and (d_in, r) with orthonormal columns, of a low-rank update.
         biased: whether the last column of `core` is the change of the bias.
+        product: `core` in the precision of the model, where that is another.
     """
 
     site: Site
@@ -78,6 +79,7 @@ class Update:
     left: Float[Tensor, "d_out r"] | None = None
     right: Float[Tensor, "d_in r"] | None = None
     biased: bool = False
+    product: Float[Tensor, "rows columns"] | None = None
 
     @property
     def name(self) -> str:
@@ -96,7 +98,8 @@ class Update:
         return y if self.left is None else y @ self.left.T
 
     def whole(self, inner: Float[Tensor, "*pos columns"]) -> Float[Tensor, "*pos rows"]:
-        return F.linear(inner, self.core.to(inner.dtype))
+        core = self.core if self.product is None else self.product
+        return F.linear(inner, core.to(inner.dtype))
 
     def full_read(self, read: Float[Tensor, "C columns"]) -> Float[Tensor, "C d_in"]:
         """Reads of the core as reads of the site's own input (the bias entry left out)."""
@@ -113,7 +116,9 @@ class Update:
             return self.left @ self.core @ self.right.T
         return self.core[:, :-1] if self.biased else self.core
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Update:
+    def to(self, device: torch.device, dtype: torch.dtype, model: torch.dtype) -> Update:
+        """The update on a device, its numbers in `dtype`, to be run in a model of `model`."""
+
         def moved(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, dtype)
 
@@ -125,6 +130,7 @@ class Update:
             moved(self.left),
             moved(self.right),
             self.biased,
+            None if model == dtype else self.core.to(device, model),
         )
 
 

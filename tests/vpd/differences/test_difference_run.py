@@ -68,7 +68,8 @@ def test_a_planted_write_is_one_component(
     assert abs(float(found.write[0] @ write)) > 0.99
     assert abs(float(found.read[0] @ read)) > 0.99
     assert float(found.scale[1]) < 0.05 * float(found.scale[0])
-    masking = parts.tables["maskings"].set_index("masking")["of_zero"]
+    rows = parts.tables["maskings"].to_dict("records")
+    masking = {row["masking"]: float(row["of_zero"]) for row in rows}
     assert masking["zero"] == 1 and masking["ci"] < 0.05 and masking["delta_only"] > 0.9
 
 
