@@ -351,37 +351,14 @@ class Alarms:
         rows = []
         for item, v in self.fired.nonzero().tolist():
             watch, component = place[v]
-            excess = float(self.excess[item, v])
-            low, high = float(lower[v]), float(upper[v])
-            rows.append(
-                {
-                    "item": item,
-                    "stage": watch.stage,
-                    "site": watch.site,
-                    "side": watch.side,
-                    "capture": watch.capture,
-                    "component": component,
-                    "value": (high if excess > 0 else low) + excess,
-                    "low": low,
-                    "high": high,
-                    "excess": excess,
-                    "widths": abs(excess) / (high - low) if high > low else math.inf,
-                }
-            )
-        columns = [
-            "item",
-            "stage",
-            "site",
-            "side",
-            "capture",
-            "component",
-            "value",
-            "low",
-            "high",
-            "excess",
-            "widths",
-        ]
-        return pd.DataFrame(rows, columns=columns)
+            excess, low, high = float(self.excess[item, v]), float(lower[v]), float(upper[v])
+            value = (high if excess > 0 else low) + excess
+            widths = abs(excess) / (high - low) if high > low else math.inf
+            where = (item, watch.stage, watch.site, watch.side, watch.capture, component)
+            rows.append((*where, value, low, high, excess, widths))
+        columns = ("item", "stage", "site", "side", "capture", "component")
+        columns = (*columns, "value", "low", "high", "excess", "widths")
+        return pd.DataFrame(rows, columns=list(columns))
 
 
 def calibrate(
