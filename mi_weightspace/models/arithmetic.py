@@ -53,17 +53,52 @@ def fast_float32() -> Iterator[bool]:
         switch.fp32_precision = before
 
 
-@cache
+_decided: list[bool] = []
+
+
 def worthwhile() -> bool:
-    """Whether products with the switch on are float32 products, and faster."""
+    """Whether products with the switch on are float32 products, and faster; found out once."""
+    if not _decided:
+        _decided.append(exact() and _faster())
+    return _decided[0]
+
+
+def decide(choice: bool) -> bool:
+    """Make an earlier process' choice this one's: a busy machine may time otherwise.
+
+    Returns whether it can be: products that are not float32 ones are never chosen.
+    """
+    if choice and not exact():
+        return False
+    _decided[:] = [choice]
+    return True
+
+
+def forget() -> None:
+    """Ask again the next time."""
+    _decided.clear()
+    exact.cache_clear()
+
+
+@cache
+def exact() -> bool:
+    """Whether products with the switch on are float32 products."""
     switch = _switch()
     if switch is None:
         return False
     before = switch.fp32_precision
     try:
         switch.fp32_precision = "bf16"
-        exact = all(product_error(*shape) <= TOLERANCE for shape in SHAPES)
-        return exact and _gain(switch, before) >= GAIN
+        return all(product_error(*shape) <= TOLERANCE for shape in SHAPES)
+    finally:
+        switch.fp32_precision = before
+
+
+def _faster() -> bool:
+    switch = _switch()
+    before = switch.fp32_precision
+    try:
+        return _gain(switch, before) >= GAIN
     finally:
         switch.fp32_precision = before
 

@@ -33,6 +33,7 @@ from mi_weightspace.vpd.sources import (
     Position,
     Sources,
     draw_route,
+    over_batch,
     source_shape,
 )
 
@@ -290,7 +291,7 @@ class Objective:
         held = low.detach()
         for _ in range(term.pgd_steps):
             r, d = r.requires_grad_(), d.requires_grad_()
-            masks = Masks(held, d, route, r)
+            masks = Masks(held, over_batch(d, term, pos[0]), route, over_batch(r, term, pos[0]))
             value, _hidden = self._value(term, clean, target, masks, train=False)
             gradients = torch.autograd.grad(value, [r, d])
             if whole:
@@ -299,7 +300,7 @@ class Objective:
                 (leaf.detach() + term.pgd_step_size * grad.sign()).clamp(0, 1)
                 for leaf, grad in zip((r, d), gradients, strict=True)
             )
-        return Masks(low, d, route, r)
+        return Masks(low, over_batch(d, term, pos[0]), route, over_batch(r, term, pos[0]))
 
     def _adversarial(
         self,

@@ -89,6 +89,13 @@ def lifted(low: Float[Tensor, "*pos K"], source: Tensor) -> Float[Tensor, "*pos 
     return torch.lerp(low, torch.ones((), dtype=low.dtype, device=low.device), source)
 
 
+def over_batch(source: Tensor, config: ReconstructionConfig, batch: int) -> Tensor:
+    """A source as the masks of a whole batch see it: `repeat` rows are used in turn."""
+    if config.scope != "repeat":
+        return source
+    return source.repeat(batch // config.repeat, *[1] * (source.ndim - 1))
+
+
 class Sources:
     """An adversary's r (*scope, K) and d (*scope, S), kept across steps with their own Adam.
 
@@ -128,10 +135,8 @@ class Sources:
     def values(self, step: int) -> tuple[Tensor, Tensor]:
         """r and d as masks see them, differentiable in the leaves."""
         found = [leaf.sigmoid() if self.config.sigmoid else leaf for leaf in self.leaves]
-        if self.config.scope == "repeat":
-            times = self.batch // self.config.repeat
-            found = [v.repeat(times, *[1] * (v.ndim - 1)) for v in found]
-        return found[0], found[1]
+        r, d = (over_batch(v, self.config, self.batch) for v in found)
+        return r, d
 
     def ascend(self, grads: list[Tensor], progress: float) -> None:
         """One Adam step up; `progress` sets the learning rate's linear warm-up."""

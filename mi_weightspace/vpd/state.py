@@ -182,7 +182,7 @@ def restore_state(state: RunState, path: Path, positions: tuple[int, ...]) -> No
         "speed.fast_float32",
         record["fast_float32"],
         takes_fast_float32(objective.config),
-        "what this processor's check chose now: another processor, or a very busy one",
+        "another processor: products that were float32 there are not here",
     )
     try:
         tensors = load_file(path / "shared.safetensors")

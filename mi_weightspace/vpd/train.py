@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
 from mi_weightspace.core.errors import DivergedError, OutputError
+from mi_weightspace.models.arithmetic import decide
 from mi_weightspace.vpd.cache import CleanBatches, clean_batches
 from mi_weightspace.vpd.config import VPDConfig
 from mi_weightspace.vpd.distributed import (
@@ -37,7 +38,13 @@ from mi_weightspace.vpd.interrupt import Interrupts
 from mi_weightspace.vpd.losses import Target, faithfulness
 from mi_weightspace.vpd.masked import Masks
 from mi_weightspace.vpd.objective import Losses, Objective
-from mi_weightspace.vpd.state import RunState, latest, restore_state, save_state
+from mi_weightspace.vpd.state import (
+    RunState,
+    latest,
+    read_record,
+    restore_state,
+    save_state,
+)
 from mi_weightspace.vpd.stream import Stream
 
 SCALE_BATCHES = 8
@@ -91,14 +98,15 @@ def train(
     """
     place = None if folder is None else Path(folder)
     _check_place(place, resume)
+    found = latest(place) if place is not None and resume else None
+    if found is not None and config.speed.fast_float32:
+        # the same arithmetic, whatever this machine is busy with now
+        decide(bool(read_record(found)["fast_float32"]))
     with host.prepared(config.speed):
         batches = clean_batches(host, stream, config)
-        clean = batches(0)
-        state = start(host, clean, config)
-        found = latest(place) if place is not None and resume else None
+        state, positions = _at_start(host, batches(0), config)
         if found is not None:
-            positions = clean.inputs[host.names[0]].shape[: _leading(clean, host)]
-            restore_state(state, found, tuple(positions))
+            restore_state(state, found, positions)
         else:
             warm_up(state.objective.factors, config, progress=progress)
             copy_from_first(_parameters(state.objective))
@@ -116,9 +124,11 @@ def _parameters(objective: Objective) -> list[Tensor]:
     return [*objective.factors.parameters(), *objective.importance.parameters()]
 
 
-def _leading(clean: Clean, host: Host) -> int:
+def _at_start(host: Host, clean: Clean, config: VPDConfig) -> tuple[RunState, tuple[int, ...]]:
+    """`start`, and the leading shape of a batch's activations."""
     x = clean.inputs[host.names[0]]
-    return x.ndim - 1 if x.is_floating_point() else x.ndim
+    leading = x.ndim - 1 if x.is_floating_point() else x.ndim
+    return start(host, clean, config), tuple(x.shape[:leading])
 
 
 def start(host: Host, clean: Clean, config: VPDConfig) -> RunState:

@@ -391,9 +391,9 @@ def test_another_number_of_processes_is_refused(
 
 
 def test_another_arithmetic_is_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SPEC 23: the choice is made by timing, and the bits depend on it."""
+    """SPEC 23: the bits depend on it."""
     now = state.worthwhile()
-    monkeypatch.setattr(state, "worthwhile", lambda: not now)
+    monkeypatch.setattr(state, "worthwhile", lambda: not now)  # whatever was decided
     with pytest.raises(ConfigError, match=r"speed\.fast_float32"):
         resume(stopped)
 
