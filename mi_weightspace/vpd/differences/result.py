@@ -16,6 +16,7 @@ from mi_weightspace.models.lens import Edit
 from mi_weightspace.vpd.assemble import rebuilt
 from mi_weightspace.vpd.config import VPDConfig
 from mi_weightspace.vpd.decomposition import Decomposition
+from mi_weightspace.vpd.differences.attribution import UNCHANGED, Attribution, attribute
 from mi_weightspace.vpd.edits import ablated
 from mi_weightspace.vpd.factors import matrix_of
 from mi_weightspace.vpd.objective import Objective
@@ -131,13 +132,26 @@ class DifferenceDecomposition(Decomposition):
         lineage = directed(as_lineage(stages), self.config["direction"])
         return host_of(lineage, self.sites, self.settings, self.config["features"])
 
-    def assessed_on(self, streams: Mapping[str, Sequence[Tensor]], **options: Any) -> Self:
-        """Evaluate on the first stream (tables as a `Decomposition` has them), then on each."""
+    def assessed_on(
+        self,
+        streams: Mapping[str, Sequence[Tensor]],
+        *,
+        unchanged_below: float = UNCHANGED,
+        **options: Any,
+    ) -> Self:
+        """Evaluate on the first stream (tables as a `Decomposition` has them), then on each.
+
+        Args:
+            unchanged_below: share of the first stream's K0 below which a position is unchanged.
+            options: of `evaluate`.
+        """
         from mi_weightspace.vpd.differences.measure import measure_streams
 
         name, batches = next(iter(streams.items()))
         found = self.assessed(batches, f"held-out rows of the {name} stream", **options)
-        tables = measure_streams(self.objective, streams, options, found.tables)
+        tables = measure_streams(
+            self.objective, streams, options, found.tables, unchanged_below=unchanged_below
+        )
         verdicts = [_restored(v) for v in self.config["given_verdicts"]]
         whole = dataclasses.replace(
             found,
@@ -145,6 +159,30 @@ class DifferenceDecomposition(Decomposition):
             verdicts=(*verdicts, *found.verdicts),
         )
         return whole.with_objective(self.live)
+
+    def attribution(
+        self,
+        tokens: Any,
+        *,
+        unchanged_below: float = UNCHANGED,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> Attribution:
+        """Which stage each token's behaviour is owed to: L0 and exact Shapley values of stages.
+
+        Args:
+            tokens: as for `importances`.
+            unchanged_below: share of the behaviour's K0 below which a token is unchanged.
+            options: ``threshold``, ``attack_steps``, of `attribution.attribute`.
+
+        Raises:
+            ConfigError: too many stages.
+        """
+        objective = self.objective
+        size = objective.config.batch_size if batch_size is None else batch_size
+        epsilon = unchanged_below * float(self.config["units"]["behaviour"]["value"])
+        batches, order = self._ids(tokens).split(size), self.stages[1:]
+        return attribute(objective, batches, epsilon=epsilon, stages=order, **options)
 
     # ---- edits -----------------------------------------------------------------------------
     def revert(self, site: str, components: Sequence[int]) -> Edit:
