@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from probes.datasets_io import load_contrasts, to_jsonl
     from probes.defer import fit
     from probes.dmu import DmuReport, dmu_sweep
+    from probes.gate_interventions import orthogonalised
+    from probes.gate_report import GateReport
+    from probes.gates import gate
     from probes.heads import head_shares
     from probes.prompt_audit import AuditReport, audit
     from probes.prompts import as_chat, builtin
@@ -23,6 +26,7 @@ _HOME = {
     "AuditReport": "probes.prompt_audit",
     "DmuReport": "probes.dmu",
     "FlipReport": "probes.readout",
+    "GateReport": "probes.gate_report",
     "ProbeBank": "probes.bank",
     "as_chat": "probes.prompts",
     "audit": "probes.prompt_audit",
@@ -31,9 +35,11 @@ _HOME = {
     "fit": "probes.defer",
     "flip_rate": "probes.readout",
     "from_cache": "probes.activations",
+    "gate": "probes.gates",
     "head_shares": "probes.heads",
     "load_contrasts": "probes.datasets_io",
     "option_margin": "probes.readout",
+    "orthogonalised": "probes.gate_interventions",
     "prompt_list": "probes.activations",
     "to_jsonl": "probes.datasets_io",
 }
@@ -42,6 +48,7 @@ __all__ = [
     "AuditReport",
     "DmuReport",
     "FlipReport",
+    "GateReport",
     "ProbeBank",
     "as_chat",
     "audit",
@@ -50,9 +57,11 @@ __all__ = [
     "fit",
     "flip_rate",
     "from_cache",
+    "gate",
     "head_shares",
     "load_contrasts",
     "option_margin",
+    "orthogonalised",
     "prompt_list",
     "to_jsonl",
 ]

@@ -41,6 +41,11 @@ MEANING: dict[str, str] = {
     Word.AXIS_SPECIFIC: "the shift exceeds that of every control contrast",
     Word.NOT_AXIS_SPECIFIC: "control contrasts shift as much",
     Word.LOAD_BEARING: "the behaviour changes when it is removed or added alone",
+    Word.NECESSARY_ONLY: "the behaviour goes when it is taken away; adding it was not shown to "
+    "bring the behaviour about",
+    Word.DETECTOR_ONLY: "it can be read there, but the model does not use it: taking it away "
+    "changes the behaviour no more than null directions do",
+    Word.GENERIC: "taking it away changes the behaviour, and other things as much",
     Word.NOT_LOAD_BEARING: "the behaviour does not change when it is removed or added alone",
     Word.UNCONVERGED: "the computation stopped before its own criterion was met",
     Word.NOT_DECOMPOSABLE: "the method does not apply to this matrix",
@@ -55,6 +60,7 @@ FOUND = frozenset(
         Word.ALIGNED_NO_CONTROLS,
         Word.AXIS_SPECIFIC,
         Word.LOAD_BEARING,
+        Word.NECESSARY_ONLY,
     }
 )
 """Words that report something; the others are answers too, and look quieter."""
@@ -105,6 +111,7 @@ class Answer:
 _ORDER = ("attribution", "project", "gate", "dmu", "flip_rate", "check", "svd", "probe", "audit")
 _STRENGTH = (
     Word.LOAD_BEARING,
+    Word.NECESSARY_ONLY,
     Word.WRITTEN_HERE,
     Word.READ_HERE,
     Word.STAGE_DISTRIBUTED,
@@ -113,7 +120,9 @@ _STRENGTH = (
     Word.ALIGNED_NO_CONTROLS,
     Word.AXIS_SPECIFIC,
     Word.ALIGNED_NUISANCE,
+    Word.GENERIC,
     Word.UNDERPOWERED,
+    Word.DETECTOR_ONLY,
     Word.NOT_LOAD_BEARING,
     Word.NOT_AXIS_SPECIFIC,
     Word.UNRESOLVED,
@@ -193,6 +202,8 @@ def _numbers(by_kind: dict[str, Report]) -> Iterable[Number]:
         yield from _projection_numbers(judged.table)
     if "dmu" in by_kind:
         yield from _dmu_number(by_kind["dmu"].table)
+    if "gate" in by_kind:
+        yield from _causal_number(by_kind["gate"])
     if "probe" in by_kind:
         yield from _probe_number(by_kind["probe"].table)
     if "svd" in by_kind or "check" in by_kind:
@@ -344,6 +355,23 @@ def _dmu_number(table: Frame) -> Iterable[Number]:
         f"sign flips, max over layers, p = {probability(float(row['p_adjusted']))}; "
         f"largest control {edge}",
         f"95 % interval {number(float(row['ci_low']))} to {number(float(row['ci_high']))}",
+    )
+
+
+def _causal_number(report: Report) -> Iterable[Number]:
+    facts = report.verdicts[0].evidence if report.verdicts else {}
+    if not {"ablation", "effect", "p_ablation", "n", "n_null"} <= facts.keys():
+        return
+    table: Frame = report.table
+    own = table[(table["intervention"] == facts["ablation"]) & (table["prompts"] == "frame")]
+    row = own.iloc[0]
+    yield Number(
+        "change of the behaviour's probability with the direction taken away",
+        number(float(row["effect"])),
+        f"{int(row['n'])} pairs",
+        f"rank among {facts['n_null']} directions in which the pairs differ (mean "
+        f"{number(float(row['null_mean']))}); p = {probability(float(row['p']))}",
+        f"95 % interval {number(float(row['low']))} to {number(float(row['high']))}",
     )
 
 

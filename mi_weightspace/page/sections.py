@@ -187,6 +187,21 @@ def _probe(reports: Sequence[Report]) -> Section:
     )
 
 
+def _gate(reports: Sequence[Report]) -> Section:
+    tables: list[TableView] = []
+    for report in reports:
+        tables += [TableView("Interventions", report.table, True), *others(report.tables)]
+    return Section(
+        "Causal gate of the direction",
+        "The direction is taken out of the stream, and added to it. Evidence is the rank of the "
+        "effect among directions in which the contrast's own pairs differ; z against isotropic "
+        "directions is description: any direction the activations occupy moves a readout. Centred: "
+        "the readout's threshold stands at the mean of the neutral prompts.",
+        tuple(report.plot() for report in reports),
+        tuple(tables),
+    )
+
+
 # ---- weights -------------------------------------------------------------------------------
 def _svd(reports: Sequence[Report]) -> Section:
     table = joined(reports)
@@ -294,6 +309,7 @@ _BUILDERS: dict[str, tuple[tuple[str, ...], _Builder]] = {
     "attribution": (("stage", "site", "layer", "kind", "G", "p_G", "verdict"), _attribution),
     "dmu": (("stage", "contrast", "is_control", "layer", "rel_delta", "p_adjusted", "n"), _dmu),
     "probe": (("layer", "auroc"), _probe),
+    "gate": (("intervention", "alpha", "prompts", "effect", "null_low"), _gate),
     "project": (("stage", "site", "cosine"), _project),
     "svd": (("stage", "site", "rel_fro", "kind", "layer"), _svd),
     "vpd": (("site",), _vpd),
