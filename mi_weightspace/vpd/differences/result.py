@@ -17,6 +17,7 @@ from mi_weightspace.vpd.assemble import rebuilt
 from mi_weightspace.vpd.config import VPDConfig
 from mi_weightspace.vpd.decomposition import Decomposition
 from mi_weightspace.vpd.differences.attribution import UNCHANGED, Attribution, attribute
+from mi_weightspace.vpd.differences.diagnostics import Compensation, compensation
 from mi_weightspace.vpd.edits import ablated
 from mi_weightspace.vpd.factors import matrix_of
 from mi_weightspace.vpd.objective import Objective
@@ -105,6 +106,11 @@ class DifferenceDecomposition(Decomposition):
         refs = self.config.get("sources", {}).get(self.stage_of(site))
         return None if refs is None else SourceRef(**refs)
 
+    @property
+    def compensation(self) -> Compensation:
+        """Whether matrices moved in compensating ways, from the table ``diagnostics``."""
+        return compensation(self.to_pandas("diagnostics"))
+
     # ---- the model -------------------------------------------------------------------------
     def attach(self, model: Any) -> Self:
         """This decomposition with its models at hand.
@@ -152,11 +158,13 @@ class DifferenceDecomposition(Decomposition):
         tables = measure_streams(
             self.objective, streams, options, found.tables, unchanged_below=unchanged_below
         )
+        told = compensation(tables["diagnostics"])
         verdicts = [_restored(v) for v in self.config["given_verdicts"]]
         whole = dataclasses.replace(
             found,
             tables={**found.tables, **tables},
             verdicts=(*verdicts, *found.verdicts),
+            reservations=(*found.reservations, *([str(told)] if told.told else [])),
         )
         return whole.with_objective(self.live)
 

@@ -81,11 +81,12 @@ def toy(
     *,
     seed: int = 0,
     size: float = 0.5,
+    spread: float = 0.3,
     linear: bool = False,
     matrices: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Toy:
     """Random changes of both matrices by every stage, random factors, importances that depend on
-    the input (some exactly 0 or 1)."""
+    the input (some exactly 0 or 1). `size` of the changes, `spread` of what components write."""
     draw = generator(seed, "difference toy", len(stages))
 
     def random(*shape: int) -> Tensor:
@@ -116,7 +117,7 @@ def toy(
     starts = {m: Start(found[0][side], None) for side, m in enumerate(("inner", "outer"))}
     host = ModuleDifferenceHost(module, {"inner": "0", "outer": "2"}, updates, starts)
     reads = {n: random(COUNT, host.weight(n).shape[1]) for n in host.names}
-    writes = {n: 0.3 * random(COUNT, host.weight(n).shape[0]) for n in host.names}
+    writes = {n: spread * random(COUNT, host.weight(n).shape[0]) for n in host.names}
     config = make_config({"n_components": COUNT, "importance": {"kind": "vector_mlp"}})
     factors = Factors(host, reads, writes)
     mixing = random(found[0][0].shape[1], factors.layout.total)

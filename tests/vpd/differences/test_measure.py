@@ -137,3 +137,27 @@ def test_counts_by_stage_on_changed_and_unchanged_positions(threshold: float) ->
     assert 0 < row["n"] == int(everywhere.sum()) < 16
     interval = np.array([row["low"], row["high"]])
     assert interval[0] <= row["value"] <= interval[1] and interval[0] < interval[1]
+
+
+def test_baselines_and_the_other_tables_come_for_every_stream() -> None:
+    problem = toy()
+    streams = streams_of(problem)
+    found = evaluate(problem.objective, streams["behaviour"], **OPTIONS).tables()
+    tables = measure_streams(problem.objective, streams, OPTIONS, found)
+    rows = records(tables["streams"])
+    (svd,) = records(found["baselines"], baseline="svd")
+    assert one(rows, stream="behaviour", quantity="svd")["value"] == svd["distance"]
+    for stream in streams:
+        for quantity in ("svd", "static", "random_alive", "coordinates", "random_basis"):
+            row = one(rows, stream=stream, quantity=quantity)
+            zero = one(rows, stream=stream, quantity="zero")["value"]
+            assert row["of_own"] == pytest.approx(row["value"] / zero) and row["n"] == 8
+    names = {"behaviour", "broad", "changed", "unchanged"}
+    assert set(tables["whole_matrices"]["stream"]) == names
+    assert set(tables["diagnostics"]["stream"]) == names
+    tied, clusters = records(tables["tied"]), tables["clusters"]
+    assert [(r["stream"], r["sources"]) for r in tied] == [
+        (stream, sources) for stream in streams for sources in ("untied", "tied")
+    ]
+    assert tied[0]["median"] == one(rows, stream="behaviour", quantity="pgd", budget=1)["value"]
+    assert tied[1]["n_sources"] == clusters["cluster"].nunique() + 8 - len(clusters)
