@@ -208,6 +208,8 @@ def _numbers(by_kind: dict[str, Report]) -> Iterable[Number]:
         yield from _probe_number(by_kind["probe"].table)
     if "svd" in by_kind or "check" in by_kind:
         yield from _size_number(by_kind)
+    if "vpd-difference" in by_kind:
+        yield from (Number(*fields) for fields in vpd_numbers(by_kind["vpd-difference"]))
     if "vpd" in by_kind:
         yield from (Number(*fields) for fields in vpd_numbers(by_kind["vpd"]))
 

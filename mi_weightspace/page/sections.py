@@ -276,6 +276,39 @@ def _vpd(reports: Sequence[Report]) -> Section:
     )
 
 
+def _difference(reports: Sequence[Report]) -> Section:
+    """The same for differences between stages: the two methods beside each other first."""
+    drawn: list[go.Figure] = []
+    tables: list[TableView] = []
+    for report in reports:
+        extra = dict(report.tables)
+        kept = {"history", "spectrum", "maskings", "ladder"}
+        drawn += [figure_vpd.of_report(report, w) for w in _VPD_FIGURES if kept <= extra.keys()]
+        for name, caption in _DIFFERENCE_FRONT.items():
+            if name in extra:
+                tables.append(TableView(caption, extra.pop(name), not tables))
+        tables.append(TableView("Updates", report.table))
+        tables += others({k: v for k, v in extra.items() if k not in ("history", "ladder_runs")})
+    stopped = any(v.word == Word.UNCONVERGED for r in reports for v in r.verdicts)
+    note = " Unconverged: these numbers were still moving, and no figure is final." * stopped
+    return Section(
+        "Which parts of the change matter, and where (VPD of differences)",
+        "All masks 0 is the first stage, all masks 1 the last; errors are shares of K0, the size "
+        "of the whole change in nats. Importance 1: this part of the update cannot be taken back at "
+        "that position; 0: it can, in part or whole, with any of the others. Where fine-tuning "
+        "moved two matrices in compensating ways, importances stay up on text it did not change."
+        f"{note}",
+        tuple(drawn),
+        tuple(tables),
+    )
+
+
+_DIFFERENCE_FRONT = {
+    "together": "Two methods together: importance beside the evidence of the weights",
+    "stages": "Stages",
+    "streams": "Streams, in units of K0",
+    "checks": "Self-checks",
+}
 _VPD_FIGURES = ("l0", "terms", "spectrum", "maskings", "ladder")
 
 
@@ -313,6 +346,7 @@ _BUILDERS: dict[str, tuple[tuple[str, ...], _Builder]] = {
     "project": (("stage", "site", "cosine"), _project),
     "svd": (("stage", "site", "rel_fro", "kind", "layer"), _svd),
     "vpd": (("site",), _vpd),
+    "vpd-difference": (("site",), _difference),
     "check": (("stage",), _check),
 }
 """Columns a form needs, and the form; a report without them is shown as tables."""

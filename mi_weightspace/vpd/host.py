@@ -84,6 +84,7 @@ class Host(Protocol):
         dtype: of components and losses (float32; float64 where the model is).
         scales: factor of an embedding module, for the sites that take token ids.
         layers: site -> layer, None outside the blocks.
+        adds_updates: whether a site is a change, added to what an earlier matrix computes.
     """
 
     names: tuple[str, ...]
@@ -91,6 +92,7 @@ class Host(Protocol):
     dtype: torch.dtype
     scales: Mapping[str, float]
     layers: Mapping[str, int | None]
+    adds_updates: bool
 
     @property
     def device(self) -> torch.device: ...
@@ -148,6 +150,7 @@ class ModuleHost:
 
     def __post_init__(self) -> None:
         self.names = tuple(self.sites)
+        self.adds_updates = False
         self.layers: Mapping[str, int | None] = dict.fromkeys(self.names)
         self._linears: dict[str, nn.Module] = {}
         for name, path in self.sites.items():
@@ -260,6 +263,7 @@ class LensHost:
     def __post_init__(self) -> None:
         self._sites = {site.name: site for site in self.lens.sites(self.select)}
         self.names = tuple(self._sites)
+        self.adds_updates = False
         self.layers: Mapping[str, int | None] = {n: s.layer for n, s in self._sites.items()}
         self.dtype = torch.float64 if self.lens.dtype == torch.float64 else torch.float32
         edit = getattr(self.lens, "edit", None)

@@ -138,6 +138,7 @@ class DifferenceHost(_Algebra):
     """
 
     metric: Metric = "kl"
+    adds_updates: bool = True
 
     def __init__(
         self,
@@ -233,11 +234,12 @@ class ModuleDifferenceHost(_Algebra):
     """The same over two torch modules of one shape (toys).
 
     Args:
-        last: the fine-tuned module, called as ``last(batch)``. updates: made by `toy_updates`.
-        sites: site name -> path of its `nn.Linear`.
+        last: the fine-tuned module, called as ``last(batch)``. sites: site name -> path of its
+            `nn.Linear`. updates, starts: as `toys.module_difference` makes them.
     """
 
     metric: Metric = "mse"
+    adds_updates: bool = True
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_off_is_the_first_stage_and_on_the_last(family: str) -> None:
+    """SPEC 34."""
     base = tiny_model(family)
     tuned = tuned_from(base, 1)
     lineage = Lineage({"base": base, "sft": tuned})
@@ -83,6 +84,7 @@ def test_off_is_the_first_stage_and_on_the_last(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matrices_alone_leave_no_gap(family: str) -> None:
+    """SPEC 34."""
     base = tiny_model(family)
     lineage = Lineage({"base": base, "sft": tuned_from(base, 1, vectors=False)})
     with torch.no_grad():
@@ -91,6 +93,7 @@ def test_matrices_alone_leave_no_gap(family: str) -> None:
 
 
 def test_linear_layers_are_the_first_stage_bit_for_bit() -> None:
+    """SPEC 34."""
     base = tiny_model("llama")
     lineage = Lineage({"base": base, "sft": tuned_from(base, 1, vectors=False)})
     with torch.no_grad():
@@ -99,7 +102,7 @@ def test_linear_layers_are_the_first_stage_bit_for_bit() -> None:
 
 
 def test_stages_in_a_row_share_a_matrix() -> None:
-    """Switching off only the second stage's updates gives the first tuned model."""
+    """SPEC 34. Switching off only the second stage's updates gives the first tuned model."""
     base = tiny_model("llama")
     sft = tuned_from(base, 1)
     dpo = tuned_from(sft, 2)
@@ -114,6 +117,7 @@ def test_stages_in_a_row_share_a_matrix() -> None:
 
 
 def test_an_adapter_is_decomposed_inside_its_own_spaces(tmp_path: Path) -> None:
+    """SPEC 36."""
     peft = pytest.importorskip("peft")
     base = save_tiny("llama", tmp_path / "base")
     model = peft.get_peft_model(
@@ -144,7 +148,7 @@ def test_an_adapter_is_decomposed_inside_its_own_spaces(tmp_path: Path) -> None:
 
 
 def test_removing_mirrors_installing() -> None:
-    """With the stages swapped every update is the negative, and on and off change places."""
+    """SPEC 35. Stages swapped: every update is the negative, on and off change places."""
     base = tiny_model("gpt2")
     tuned = tuned_from(base, 1, vectors=False)
     there = host(Lineage({"base": base, "sft": tuned}))
@@ -156,6 +160,7 @@ def test_removing_mirrors_installing() -> None:
 
 
 def test_embeddings_are_matrices_too() -> None:
+    """SPEC 34."""
     base = tiny_model("llama")
     tuned = copy.deepcopy(base)
     with torch.no_grad():

@@ -95,6 +95,7 @@ def test_reverting_the_component_restores_the_first_stage(
 def test_saved_loaded_attached(
     result: tuple[DifferenceDecomposition, Tensor, Tensor], tmp_path: Path
 ) -> None:
+    """SPEC 38."""
     parts, *_ = result
     base, tuned, *_ = planted()
     parts.save(tmp_path / "run")
@@ -108,6 +109,7 @@ def test_saved_loaded_attached(
 
 
 def test_killed_and_resumed_is_the_same_run(tmp_path: Path) -> None:
+    """SPEC 38."""
     base, tuned, *_ = planted()
     config = FEW | {"checkpoint_every": 2}
     whole = run(base, tuned, config, out=tmp_path / "whole")
@@ -126,13 +128,14 @@ def test_killed_and_resumed_is_the_same_run(tmp_path: Path) -> None:
 
 
 def test_equal_weights_are_no_change() -> None:
+    """SPEC 37."""
     base = tiny_model("llama")
     found = run(base, copy.deepcopy(base), FEW)
     assert [v.word for v in found.verdicts] == [Word.NO_CHANGE] and not len(found)
 
 
 def test_what_rounding_explains_is_flagged_and_left_out() -> None:
-    """A change far below the spacing shows as a few entries that went to the next number."""
+    """SPEC 37. A change far below the spacing: a few entries went to the next number."""
     base = tiny_model("llama").to(torch.bfloat16)
     tuned = copy.deepcopy(base)
     matrix = tuned.model.layers[1].mlp.down_proj.weight
@@ -146,13 +149,14 @@ def test_what_rounding_explains_is_flagged_and_left_out() -> None:
 
 
 def test_a_change_nobody_can_see_is_refused() -> None:
-    """A direction that no token reads: the weights differ, the outputs do not."""
+    """SPEC 37. A direction that no token reads: the weights differ, the outputs do not."""
     base, tuned, *_ = planted(1e-6)
     with pytest.raises(PromptError, match="K0"):
         run(base, tuned, FEW)
 
 
 def test_a_unit_its_own_noise_hides_names_the_tokens_needed() -> None:
+    """SPEC 37."""
     base = tiny_model("llama")
     tuned = copy.deepcopy(base)
     with torch.no_grad():  # only one token's embedding moves: most rows do not have it
