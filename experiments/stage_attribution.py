@@ -9,7 +9,8 @@ every other layer below 0.15, and that the later stage leaves it alone.
         --base HUB_ID --sft HUB_ID --dpo HUB_ID --out runs/claim1-13b
 
 The difference is then decomposed by VPD on the same prompts (which parts of each update are needed,
-on which tokens), and the direction is put to the causal gate. `toy` asks it of the `deference` organism, whose answer is known: SFT wrote it, into one matrix.
+on which tokens), and the direction is put to the causal gate. `toy` asks it of the `deference`
+organism, whose answer is known: SFT wrote it, into one matrix.
 `talkie` holds the sites and layers of the study's table and needs the three checkpoints; it was not
 run here. What would refute the claim there: a stage gate that does not name SFT, or a layer-5 G
 that the matched controls reach. The cosine alone decides nothing (see README, "What a big cosine is

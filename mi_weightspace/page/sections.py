@@ -294,8 +294,8 @@ def _difference(reports: Sequence[Report]) -> Section:
     return Section(
         "Which parts of the change matter, and where (VPD of differences)",
         "All masks 0 is the first stage, all masks 1 the last; errors are shares of K0, the size "
-        "of the whole change in nats. Importance 1: this part of the update cannot be taken back at "
-        "that position; 0: it can, in part or whole, with any of the others. Where fine-tuning "
+        "of the whole change in nats. Importance 1: this part of the update cannot be taken back "
+        "at that position; 0: it can, in part or whole, with any of the others. Where fine-tuning "
         "moved two matrices in compensating ways, importances stay up on text it did not change."
         f"{note}",
         tuple(drawn),
