@@ -120,16 +120,18 @@ class Causes:
     def effect(self, piece: Piece, n_random: int, seed: int) -> Effect:
         """Of reverting a piece, and of reverting random pieces of the same update.
 
-        A random piece reads what the piece reads, and writes as much into a random direction of
-        the update's column space.
+        A random piece is what the update makes of a random direction x of its row space,
+        ``dW x xᵀ``: something training did put there. Taking out a vector that is not there (the
+        piece's size along a random direction) is damage, not reversion: in the logits it lowers
+        the odds of whatever answer was given.
         """
         own = self._taken(self._without(piece, controls=True))
-        space = self._column_space(piece.site)
+        core, space = self.host.updates[piece.site].core, self._row_space(piece.site)
         draw = generator(seed, "random pieces", piece.site)
-        others = torch.randn(n_random, space.shape[1], generator=draw, dtype=torch.float64)
-        writes = others.to(space) @ space.T
-        writes *= piece.write.norm() / writes.norm(dim=1, keepdim=True)
-        found = [self._taken(self._without(Piece(piece.site, piece.read, w))) for w in writes]
+        drawn = torch.randn(n_random, space.shape[1], generator=draw, dtype=torch.float64)
+        reads = drawn.to(space) @ space.T
+        reads /= reads.norm(dim=1, keepdim=True)
+        found = [self._taken(self._without(Piece(piece.site, x, core @ x))) for x in reads]
         return Effect(
             own.behaviour,
             own.controls,
@@ -138,9 +140,9 @@ class Causes:
             {name: tuple(f.scores[name] for f in found) for name in self.points},
         )
 
-    def _column_space(self, site: str) -> Float[Tensor, "rows p"]:
+    def _row_space(self, site: str) -> Float[Tensor, "columns p"]:
         if site not in self._spaces:
-            self._spaces[site] = column_space(self.host.updates[site])
+            self._spaces[site] = row_space(self.host.updates[site])
         return self._spaces[site]
 
     def _without(self, piece: Piece, *, controls: bool = False) -> Effect:
@@ -192,7 +194,7 @@ class Causes:
         return torch.cat(logits), {point: torch.cat(found) for point, found in caught.items()}
 
 
-def column_space(update: Update) -> Float[Tensor, "rows p"]:
-    """Orthonormal basis of what the core writes, at its numerical rank."""
-    u, s, _ = torch.linalg.svd(update.core, full_matrices=False)
-    return u[:, s > s[0] * max(update.core.shape) * torch.finfo(torch.float32).eps]
+def row_space(update: Update) -> Float[Tensor, "columns p"]:
+    """Orthonormal basis of what the core reads, at its numerical rank."""
+    _, s, vh = torch.linalg.svd(update.core, full_matrices=False)
+    return vh[s > s[0] * max(update.core.shape) * torch.finfo(torch.float32).eps].T

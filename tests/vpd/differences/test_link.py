@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -25,9 +25,12 @@ from mi_weightspace.vpd.differences.link import (
     LinkReport,
     link,
 )
-from mi_weightspace.vpd.differences.link_cause import Effect
+from mi_weightspace.vpd.differences.link_cause import Causes, Effect, Piece
 from mi_weightspace.vpd.differences.result import DifferenceDecomposition
 from mi_weightspace.vpd.differences.run import decompose_difference
+
+if TYPE_CHECKING:
+    from mi_weightspace.vpd.differences.host import DifferenceHost
 
 BORNE, IDLE = "blocks.1.mlp.out", "blocks.0.mlp.out"
 ROWS = torch.randint(4, 300, (48, 6), generator=generator(0, "rows"))
@@ -153,6 +156,22 @@ def test_reverting_is_the_model_without_that_piece(made: Made, found: LinkReport
             handle.remove()
             streams.append((caught[0][:, -1] @ direction.pattern).mean())
         assert one["score_change"] == pytest.approx(float(streams[0] - streams[1]), abs=1e-4)
+
+
+def test_random_pieces_are_parts_of_the_update(made: Made) -> None:
+    """On a last matrix that the logits take up linearly, pieces average to the whole by their
+    number; written out against the update itself."""
+    parts, base, tuned, direction = made
+    site, host = f"{BORNE}@sft", cast("DifferenceHost", parts.host)
+    causes = Causes(host, [direction], readout(), (), ROWS, 8)
+    piece = Piece(site, parts.read(site)[0], parts.write(site)[0])
+    pieces = causes.effect(piece, 400, 0).piece_scores[direction.name]
+    update = (down(tuned, 1).weight - down(base, 1).weight).detach()
+    whole = float((inputs(tuned, 1, PROMPTS)[:, -1] @ update.T @ direction.pattern).mean())
+    n = min(update.shape)
+    spread = float(torch.tensor(pieces).std()) / 400**0.5
+    assert abs(sum(pieces) / 400 - whole / n) < 4 * spread
+    assert abs(whole / n) > 8 * spread  # or the line above says nothing
 
 
 def test_direct_writes_are_importance_times_activation_times_write(
