@@ -162,7 +162,7 @@ DECOMPOSITIONS: dict[str, dict[str, Values]] = {
     ),
     "bilinear": _presets(
         {"n_components": 96} | ours(hidden=192) | schedule(20_000, 2_048, 2e-3),
-        {"n_components": 48} | ours(5e-3) | schedule(8_000, 512, 2e-3, 0.02),
+        {"n_components": 24} | ours(3e-3) | schedule(4_000, 512, 2e-3),
     ),
     "control": _presets(
         {"n_components": 128} | ours(hidden=192) | schedule(20_000, 2_048, 2e-3),
