@@ -300,6 +300,7 @@ REPORT_MODULES: tuple[str, ...] = (
     "mi_weightspace.spectral.project",
     "mi_weightspace.spectral.stages",
     "mi_weightspace.vpd.decomposition",
+    "mi_weightspace.vpd.differences.link",
     "mi_weightspace.vpd.differences.result",
     "mi_weightspace.vpd.explain",
     "probes.bank",

@@ -68,7 +68,7 @@ class _Algebra:
         update = self.updates[name]
         return update.full_read(read), update.full_write(write)
 
-    def _of_matrices(
+    def of_matrices(
         self, functions: Mapping[str, Adjust]
     ) -> dict[str, Callable[[Tensor], Tensor]]:
         """A function ``x -> y`` for every matrix with a masked update."""
@@ -206,7 +206,7 @@ class DifferenceHost(_Algebra):
         """What the importance network reads of the carrier: its inputs (embeddings: outputs)."""
         found: dict[str, Tensor] = {}
         nothing = {name: lambda _x, y: torch.zeros_like(y) for name in self.names}
-        reverted = self._of_matrices(nothing)
+        reverted = self.of_matrices(nothing)
 
         def noting(matrix: str, function: Callable[[Tensor], Tensor]) -> Callable:
             def noted(x: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class DifferenceHost(_Algebra):
         return found
 
     def forward(self, clean: Clean, functions: Mapping[str, Adjust]) -> Tensor:
-        with self.lens.replaced(self._of_matrices(functions)):
+        with self.lens.replaced(self.of_matrices(functions)):
             return self.lens.forward(clean.batch, start=self.inner.start_of(clean))
 
     @contextmanager
@@ -283,7 +283,7 @@ class ModuleDifferenceHost(_Algebra):
         return replace(last, inputs=inputs, outputs=Outputs(self.updates, inputs), seen=seen)
 
     def forward(self, clean: Clean, functions: Mapping[str, Adjust]) -> Tensor:
-        reverted = self._of_matrices(functions)
+        reverted = self.of_matrices(functions)
         own: dict[str, Adjust] = {m: lambda x, _y, f=f: f(x) for m, f in reverted.items()}
         return self.inner.forward(clean, own)
 

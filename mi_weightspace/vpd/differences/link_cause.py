@@ -179,7 +179,7 @@ class Causes:
         """Logits, and the stream at `points`, at each prompt's last token."""
         lens, logits = self.host.lens, []
         caught: dict[str, list[Tensor]] = {point: [] for point in points}
-        with lens.replaced(self.host._of_matrices(functions)):
+        with lens.replaced(self.host.of_matrices(functions)):
             for tokens, last in zip(
                 prompts.tokens.split(self.batch_size),
                 prompts.last.split(self.batch_size),
