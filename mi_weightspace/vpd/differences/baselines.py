@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_weightspace.core.seeds import generator
-from mi_weightspace.vpd.differences.attribution import off
 from mi_weightspace.vpd.differences.unit import everything_off
 from mi_weightspace.vpd.evaluate_stats import Interval, pooled, ratio
 from mi_weightspace.vpd.losses import Target
@@ -75,9 +74,7 @@ def _projections(
     for name, space in spaces.items():
         rank = space.shape[1]
         k = min(counts[name], rank)
-        if k == 0:
-            yield name, off
-        elif k < rank:
+        if k < rank:
             mixing = torch.randn(rank, k, generator=generator(seed, "random basis", name, draw))
             yield name, _onto(space @ torch.linalg.qr(mixing.to(space))[0])
 

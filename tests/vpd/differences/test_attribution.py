@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,20 @@ def test_the_attack_is_sign_steps_within_the_box() -> None:
         inside = table[f"shapley_{stage}"].between(table[f"low_{stage}"], table[f"high_{stage}"])
         assert inside.all()
         assert (table[f"low_{stage}"] < table[f"shapley_{stage}"] - 1e-3).any()
+
+
+def test_more_steps_find_a_wider_range() -> None:
+    """What was met stays met, even where a later step leads back."""
+    problem = toy(("sft", "dpo"), size=1.0)
+    x = problem.inputs(12)
+    tables: list[Any] = [
+        attribute(problem.objective, [x], epsilon=0.0, attack_steps=steps).per_token
+        for steps in (1, 2, 4, 8, 16)
+    ]
+    for fewer, more in pairwise(tables):
+        for stage in ("sft", "dpo"):
+            assert (more[f"low_{stage}"] <= fewer[f"low_{stage}"] + 1e-12).all()
+            assert (more[f"high_{stage}"] >= fewer[f"high_{stage}"] - 1e-12).all()
 
 
 def test_too_many_stages_are_refused() -> None:

@@ -117,22 +117,21 @@ def test_a_row_is_one_model(kind: str) -> None:
     assert len(set(found[:, 0].tolist())) == 4, "rows are drawn apart"
 
 
-def planted(compensating: bool, d_out: int = D_OUT) -> Toy:
-    """A linear path whose first input carries something new; the others' path is rescaled by a
-    mixing and its inverse, or (else) left as it was."""
+def planted(strength: float) -> Toy:
+    """A linear path whose first input carries something new; the others' path is scaled up in one
+    matrix and down in the other (1: left as it was)."""
     draw = generator(0, "compensation")
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    inner, outer = random(D_HIDDEN, D_IN), random(d_out, D_HIDDEN)
+    inner, outer = random(D_HIDDEN, D_IN), random(D_OUT, D_HIDDEN)
     inner[1:, 0] = 0.0  # the first input alone reaches the first hidden unit, and no other
     inner[0, 1:] = 0.0
     new = outer.clone()
     new[:, 0] += 1.0
     mixing = torch.eye(D_HIDDEN, dtype=torch.float64)
-    if compensating:
-        mixing[1:, 1:] = 2.0 * torch.linalg.qr(random(D_HIDDEN - 1, D_HIDDEN - 1))[0]
+    mixing[1:, 1:] *= strength
     tuned = mixing @ inner, new @ torch.linalg.inv(mixing)
     return toy(("sft",), linear=True, matrices=[(inner, outer), tuned])
 
@@ -149,16 +148,22 @@ def diagnosed(problem: Toy) -> Compensation:
 
 
 def test_compensating_changes_are_told() -> None:
-    found = diagnosed(planted(True))
+    found = diagnosed(planted(2.0))
     assert found.told and found.site.partition("@")[0] in {"inner", "outer"}
     assert found.all_off < 0.02 and found.single > 0.5
     assert "reverting one is not" in str(found) and found.site in str(found)
 
 
 def test_a_change_that_compensates_nothing_is_not_told() -> None:
-    found = diagnosed(planted(False))
+    found = diagnosed(planted(1.0))
     assert found.told is False
     assert str(found).startswith("No sign of compensating changes")
+
+
+def test_compensation_too_small_to_matter_is_not_told() -> None:
+    found = diagnosed(planted(1.1))
+    assert 10 * found.all_off < found.single_low < found.single < 0.1
+    assert found.told is False
 
 
 def test_effects_that_cancel_by_chance_are_not_told() -> None:
@@ -177,3 +182,21 @@ def test_effects_that_cancel_by_chance_are_not_told() -> None:
     found = compensation(diagnose({"a": reversions(problem.objective, [x])}, k0, 0.05 * k0))
     assert found.single_low > 10 * found.all_off, "they do cancel on the positions chosen"
     assert found.told is None and "give broad text" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("low", "share", "told"), [(0.2, 0.5, True), (0.05, 0.5, False), (0.2, 0.2, None)]
+)
+def test_it_is_told_from_the_lower_end_of_the_interval(
+    low: float, share: float, told: bool | None
+) -> None:
+    import pandas as pd
+
+    rows = [
+        {"stream": "unchanged", "quantity": name, "site": "a@s", "share": share, **numbers}
+        for name, numbers in (
+            ("all_off", {"of_behaviour": 0.004, "of_behaviour_low": 0.003}),
+            ("R_single", {"of_behaviour": 0.5, "of_behaviour_low": low}),
+        )
+    ]
+    assert compensation(pd.DataFrame(rows)).told is told
