@@ -1,6 +1,6 @@
 """The causal gate on a trained organism: the direction SFT wired passes, a readable decoy does not.
 
-Measured on micro deference. Alphas 0.125 and 0.25: the true direction PASSes at seeds 0-4; of 27
+Measured on micro deference. Alphas 0.125 and 0.25: the true direction PASSes at seeds 0-3; of 27
 decoys read at AUROC 1 (seeds 0-3) v1.1 passes 17 and this gate none; 2, at |cos| above 0.7 with the
 true direction, get PASS*. Alphas 0.125 to 4, all 495 control directions of seeds 0-4 ranked at the
 true direction's scale: v1.1 passes 194, this gate none (PASS* 24, GENERIC 14).

@@ -68,9 +68,7 @@ class _Algebra:
         update = self.updates[name]
         return update.full_read(read), update.full_write(write)
 
-    def of_matrices(
-        self, functions: Mapping[str, Adjust]
-    ) -> dict[str, Callable[[Tensor], Tensor]]:
+    def of_matrices(self, functions: Mapping[str, Adjust]) -> dict[str, Callable[[Tensor], Tensor]]:
         """A function ``x -> y`` for every matrix with a masked update."""
         found: dict[str, Callable[[Tensor], Tensor]] = {}
         for matrix, own in self._by_matrix.items():
