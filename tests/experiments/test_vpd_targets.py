@@ -70,9 +70,9 @@ def test_published_sizes_and_schedules() -> None:
     assert (tms_5_2.minimality.p, tms_5_2.minimality.weight) == ((1.0, 1.0), 3e-3)
     short = [DECOMPOSITIONS[n]["short"] for n in ("tms_5_2", "tms_40_10", "resid_mlp_1")]
     assert [(s["n_steps"], s["batch_size"]) for s in short] == [
-        (7_000, 1_024),
-        (5_000, 1_024),
-        (10_000, 512),
+        (7_500, 1_024),
+        (12_500, 1_024),
+        (7_000, 512),
     ]
     published = resid_mlp.PRESETS["resid_mlp_3"]["paper"]
     assert (published.n_features, published.n_neurons, published.d_embed) == (102, 51, 1_000)

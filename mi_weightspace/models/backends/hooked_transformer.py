@@ -152,7 +152,7 @@ class HookedTransformerLens(HookedLens):
 
     def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
         site = self.site(site)
-        if self.shape.table.pre_norm(site.kind) is None:
+        if self.shape.table.pre_norm(site.kind) is None or self.shape.family in _NO_GAIN:
             return None
         bias: Any = getattr(self._pre_norm(site), "b", None)
         return None if bias is None else bias.detach().float().clone()

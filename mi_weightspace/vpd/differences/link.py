@@ -60,12 +60,18 @@ class LinkReport(Report):
         """Cosine against the behaviour's share, a point a row."""
         import plotly.express as px
 
+        named = ["site", "component", "side", "direction"]
         return px.scatter(
-            self.table,
+            self.table[["cosine", "behaviour_share", "verdict", *named]],
             x="cosine",
             y="behaviour_share",
             color="verdict",
-            hover_data=["site", "component", "side", "direction"],
+            hover_data=named,
+            labels={
+                "cosine": "cosine with the direction",
+                "behaviour_share": "share of the behaviour's change lost when reverted",
+            },
+            template="plotly_white",
         )
 
 
