@@ -9,7 +9,7 @@ neurons (51) over one, two or three layers. Features are on with probability 0.0
 Truth: over all `mlp_in` sites together one component per feature (each feature is computed in some
 layer or layers); the `mlp_out` of a layer, which writes into all features at once, is one block of
 the layer's rank. With two or three layers the assignment of features to layers is the target's
-own business, so a pattern is stated for one layer only; more layers are scored on the joint matrix.
+own business: a pattern is stated, and errors counted, for one layer only.
 """
 
 from __future__ import annotations
