@@ -30,6 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/svd_diff.py
 	$(BIN)/python benchmarks/activation_stats.py
 	$(BIN)/python benchmarks/vpd_step.py
+	$(BIN)/python benchmarks/diff_vpd_scale.py
 
 notebooks: $(STAMP)
 	mkdir -p notebooks

@@ -62,8 +62,8 @@ def lineage(n_stages: int) -> Lineage:
     return Lineage(stages)
 
 
-def counted(config: VPDConfig, n_stages: int) -> float:
-    """Operations of one training step, as torch counts the products that were executed."""
+def started(config: VPDConfig, n_stages: int) -> tuple[Any, Any, Any]:
+    """(host, run at step 0, tokens)."""
     given = lineage(n_stages)
     chosen = given.source("base").sites(config.sites)
     names = [f"{site.name}@{stage}" for site in chosen for stage in given.stages[1:]]
@@ -71,9 +71,14 @@ def counted(config: VPDConfig, n_stages: int) -> float:
     assert len(host.names) == len(names)
     tokens = torch.randint(4, 300, (BATCH, LENGTH), generator=generator(0, "tokens"))
     with host.prepared(config.speed):
-        state = start(host, host.clean(tokens), config)
-        with FlopCounterMode(display=False) as counter:
-            train_step(state, host.clean(tokens))
+        return host, start(host, host.clean(tokens), config), tokens
+
+
+def counted(config: VPDConfig, n_stages: int) -> float:
+    """Operations of one training step, as torch counts the products that were executed."""
+    host, state, tokens = started(config, n_stages)
+    with host.prepared(config.speed), FlopCounterMode(display=False) as counter:
+        train_step(state, host.clean(tokens))
     return float(counter.get_total_flops())
 
 
@@ -97,6 +102,22 @@ def test_flops_are_those_executed(name: str, n_stages: int) -> None:
     config = settings(**CASES[name])
     found = plan_difference(lineage(1).lens("base"), config, n_stages=n_stages, length=LENGTH)
     assert found.flops_per_step == pytest.approx(counted(config, n_stages), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["component_mlp", "layerwise_mlp", "global_mlp", "transformer"])
+def test_the_network_reads_every_update(kind: str) -> None:
+    """Its parameters, to the last one, are those of the network a run makes."""
+    network = {"kind": kind, "hidden": (48, 24) if kind != "component_mlp" else (48,)}
+    config = settings(
+        **(CASES["transformer"] if kind == "transformer" else {"importance": network})
+    )
+    for n_stages in (1, 2):
+        _, state, _ = started(config, n_stages)
+        made = sum(p.numel() for p in state.objective.importance.parameters())
+        model = lineage(1).lens("base")
+        found = plan_difference(model, config, n_stages=n_stages, length=LENGTH)
+        assert found.memory["importance network"] == 4 * made
+        assert found.flops["importance network"] >= 6 * made * BATCH * LENGTH
 
 
 def test_a_narrower_model_needs_the_differences_twice() -> None:
