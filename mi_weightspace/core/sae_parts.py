@@ -1,0 +1,112 @@
+"""What an SAE says of itself, the rules there are, and the checks of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mi_weightspace.core.errors import MismatchError
+
+Convention = Literal["raw", "centred", "unknown"]
+Rule = Literal["relu", "gated", "topk", "abstopk", "jumprelu"]
+RULES: dict[str, Rule] = {
+    "standard": "relu",
+    "gated": "gated",
+    "topk": "topk",
+    "abstopk": "abstopk",
+    "jumprelu": "jumprelu",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+"""Activation rule of each architecture. Batch-top-k and Matryoshka SAEs are saved, and used, as
+``jumprelu``."""
+
+
+@dataclass(frozen=True)
+class SaeMetadata:
+    """What the SAE says of itself; empty or None where it does not.
+
+    Attributes:
+        hook_name: where it reads (TransformerLens, Bridge or Hugging Face module name).
+        hf_hook_name: the same as a Hugging Face module path, which wins where both are given.
+        hook_name_out: where a transcoder writes.
+        model_name: the model whose activations it was trained on.
+        convention: weights of that model: ``raw``; ``centred`` (mean over coordinates taken out of
+            the stream, TransformerLens' ``center_writing_weights``); ``unknown``.
+        trained_k: the k of batch-top-k training; its ``jumprelu`` threshold is a slow running mean.
+        trained_architecture: architecture in training, where inference uses another.
+        difference_of: names of the two models, for an SAE of activation differences.
+        source: file, release or object it came from.
+    """
+
+    hook_name: str = ""
+    hf_hook_name: str = ""
+    hook_name_out: str = ""
+    model_name: str = ""
+    prepend_bos: bool | None = None
+    context_size: int | None = None
+    convention: Convention = "unknown"
+    trained_k: float | None = None
+    trained_architecture: str = ""
+    difference_of: str = ""
+    source: str = ""
+
+
+_EXPECTED: Mapping[Rule, tuple[str, ...]] = {
+    "relu": ("b_enc",),
+    "topk": ("b_enc",),
+    "abstopk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+
+
+def needed(architecture: str) -> tuple[str, ...]:
+    """Names of the tensors an architecture must have."""
+    return ("W_enc", "W_dec", "b_dec", *_EXPECTED[RULES[architecture]])
+
+
+def check_parts(
+    architecture: str, tensors: Mapping[str, Tensor], k: int | None, source: str = ""
+) -> None:
+    """Architecture, presence, shapes, finite values, k.
+
+    Raises:
+        MismatchError: the subject names `source` and the part that is wrong.
+    """
+    source = source or "SAE"
+    if architecture not in RULES:
+        raise _refusal(source, "architecture", repr(architecture), f"one of {sorted(RULES)}")
+    for name in needed(architecture):
+        if name not in tensors:
+            raise _refusal(source, name, "nothing", f"a tensor, as {architecture} SAEs have")
+    shapes = {name: tuple(tensors[name].shape) for name in ("W_enc", "W_dec")}
+    if any(len(shape) != 2 for shape in shapes.values()):
+        raise _refusal(source, "W_enc and W_dec", f"shapes {shapes}", "two matrices")
+    d_in, d_sae = shapes["W_enc"]
+    d_out = shapes["W_dec"][1] if "transcoder" in architecture else d_in
+    expected = {"W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
+    expected |= {name: (d_sae,) for names in _EXPECTED.values() for name in names}
+    for name, value in tensors.items():
+        if name in expected and tuple(value.shape) != expected[name]:
+            given = f"shape {tuple(value.shape)}"
+            raise _refusal(source, name, given, f"shape {expected[name]}, with W_enc's widths")
+        if not bool(torch.isfinite(value).all()):
+            raise _refusal(source, name, "values that are not finite", "finite weights")
+    if RULES[architecture] in ("topk", "abstopk") and not (k and 0 < k <= d_sae):
+        raise _refusal(source, "k", repr(k), f"between 1 and d_sae = {d_sae}")
+
+
+def _refusal(source: str, key: str, given: str, expected: str) -> MismatchError:
+    return MismatchError(
+        f"{source}, {key}",
+        given=given,
+        expected=expected,
+        remedy="Save the SAE again, or load it from its release.",
+    )
