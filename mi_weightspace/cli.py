@@ -325,6 +325,9 @@ def vpd(
         str | None, typer.Option(help="Evaluate on these; default: the last 5 % of the rows.")
     ] = None,
     ladder: Annotated[str | None, typer.Option(help="Steps of the attacks: 20,40,80,160.")] = None,
+    anchor: Annotated[
+        bool, typer.Option("--anchor", help="Also recover a known answer with this code: a check.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the cost and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
     seed: Annotated[int | None, typer.Option(help="Decides every random draw.")] = None,
@@ -347,7 +350,7 @@ def vpd(
     if not own.begun(out):  # decompose itself says what can be done with a run that is there
         check_output(out)
     report = own.vpd(models, tokens, values, change=change, length=length, held_out=held_out,
-                     budgets=own.rungs(ladder), out=str(out), resume=resume,
+                     budgets=own.rungs(ladder), anchor=anchor, out=str(out), resume=resume,
                      progress=not quiet)  # fmt: skip
     if own.speaks():
         for frame, columns in own.shown(report):

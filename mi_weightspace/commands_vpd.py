@@ -71,6 +71,7 @@ def vpd(
     length: int = 64,
     held_out: str | None = None,
     budgets: Sequence[int] | None = None,
+    anchor: bool = False,
     out: str | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -80,6 +81,7 @@ def vpd(
     Args:
         config: values of a `VPDConfig`.
         budgets: rungs of the PGD ladder of the evaluation; None for the usual ones.
+        anchor: also recover a known answer with this code (under 20 CPU-seconds).
         out: run folder, written from the first checkpoint on. A refusal leaves none behind.
     """
     if isinstance(change, Mapping):
@@ -92,7 +94,11 @@ def vpd(
         "length": length,
         "held_out": held_out,
         "budgets": None if budgets is None else list(budgets),
+        "anchor": anchor,
     }
+    evaluation: dict[str, Any] = {"anchor": anchor}
+    if budgets is not None:
+        evaluation["budgets"] = tuple(budgets)
     data = read_tokens(tokens, length)
     kept = None if held_out is None else read_tokens(held_out, length)
     device = setup()
@@ -102,7 +108,7 @@ def vpd(
         "out": out,
         "resume": resume,
         "progress": progress and rank() == 0,
-        "evaluation": {} if budgets is None else {"budgets": tuple(budgets)},
+        "evaluation": evaluation,
         "record": {"args": args},
     }
     try:

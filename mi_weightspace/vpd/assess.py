@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from mi_weightspace.vpd.cards import component_table
 from mi_weightspace.vpd.evaluate import Evaluation, evaluate
 from mi_weightspace.vpd.objective import Objective
 from mi_weightspace.vpd.selfchecks import STAMPS, Check, check_table, converged, self_checks
+from mi_weightspace.vpd.selfchecks_anchor import Anchor, run_anchor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,13 +41,20 @@ def assess(
     batches: Sequence[Tensor],
     options: Mapping[str, Any],
 ) -> Assessment:
-    """Evaluate on held-out batches and check the run (options of `vpd.evaluate.evaluate`)."""
-    found = evaluate(objective, batches, **{"budgets": BUDGETS, **options})
+    """Evaluate on held-out batches and check the run.
+
+    Args:
+        options: of `vpd.evaluate.evaluate`; and ``anchor``, for the check of that name: an
+            `Anchor`, True to run one now (under 20 CPU-seconds), or a file that keeps it.
+    """
+    given = {"budgets": BUDGETS, **options}
+    anchor = _anchor(given.pop("anchor", None), progress=bool(given.get("progress", True)))
+    found = evaluate(objective, batches, **given)
     records: list[dict[str, Any]] = [
         {str(k): v for k, v in row.items() if v == v}  # a term that was not on yet has no value
         for row in history.to_dict("records")
     ]
-    checks = self_checks(objective, records, found)
+    checks = self_checks(objective, records, found, anchor=anchor)
     failed = [c for c in checks if c.outcome == "FAIL" and c.name not in STAMPS]
     return Assessment(
         table=found.to_pandas(),
@@ -59,6 +68,12 @@ def assess(
         reservations=tuple(f"Check {c.name} failed: {c.sentence}." for c in failed),
         facts=dict(found.facts),
     )
+
+
+def _anchor(asked: Anchor | str | Path | bool | None, *, progress: bool) -> Anchor | None:
+    if asked is None or asked is False or isinstance(asked, Anchor):
+        return asked or None
+    return run_anchor(None if asked is True else asked, progress=progress)
 
 
 def _verdicts(

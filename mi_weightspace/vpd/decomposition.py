@@ -229,7 +229,7 @@ class Decomposition(Report):
         """The same decomposition evaluated on other data: new tables, checks and verdicts.
 
         Args:
-            tokens: as for `importances`. options: of `vpd.evaluate.evaluate`.
+            tokens: as for `importances`. options: of `vpd.assess.assess`.
         """
         size = self.objective.config.batch_size if batch_size is None else batch_size
         return self.assessed(self._ids(tokens).split(size), "data given", **options)

@@ -60,7 +60,8 @@ def decompose(
             are then not trained on.
         out: run folder; with `resume` an interrupted run there continues, bit for bit.
         on_log: called with every record of the history.
-        evaluation: options of `vpd.evaluate.evaluate` (budgets of the PGD ladder, thresholds, …).
+        evaluation: options of `vpd.evaluate.evaluate` (budgets of the PGD ladder, thresholds, …);
+            ``anchor=True`` also recovers a known answer with this code, as a check.
         record: plain values to store in the result's `config` (how a script would call it again).
 
     Raises:

@@ -22,6 +22,7 @@ from mi_weightspace.vpd.differences.diagnostics import (
     reversions,
     whole_matrices,
 )
+from mi_weightspace.vpd.differences.singular import singular_parts
 from mi_weightspace.vpd.differences.tied import (
     cluster,
     cluster_table,
@@ -72,7 +73,8 @@ def measure_streams(
         median and range.
 
         ``whole_matrices`` and ``diagnostics`` (`differences.diagnostics`, on the first
-        `MOST_BATCHES` batches of each stream), ``tied`` and ``clusters`` (`differences.tied`).
+        `MOST_BATCHES` batches of each stream), ``singular`` (`differences.singular`), ``tied`` and
+        ``clusters`` (`differences.tied`).
     """
     import pandas as pd
 
@@ -98,6 +100,7 @@ def measure_streams(
         "streams": pd.DataFrame(rows).astype({"budget": "Int64", "dense": "Int64"}),
         "whole_matrices": whole_matrices(undone, stages_by_site(objective), k0, epsilon),
         "diagnostics": diagnose(undone, k0, epsilon),
+        "singular": singular_parts(objective, streams[names[0]]),
         **_tied(objective, streams, tables, own_k0, options),
     }
 

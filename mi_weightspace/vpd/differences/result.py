@@ -149,22 +149,27 @@ class DifferenceDecomposition(Decomposition):
 
         Args:
             unchanged_below: share of the first stream's K0 below which a position is unchanged.
-            options: of `evaluate`.
+            options: of `assess`.
         """
         from mi_weightspace.vpd.differences.measure import measure_streams
+        from mi_weightspace.vpd.differences.singular import idle_tops
 
         name, batches = next(iter(streams.items()))
         found = self.assessed(batches, f"held-out rows of the {name} stream", **options)
+        options = {key: value for key, value in options.items() if key != "anchor"}
         tables = measure_streams(
             self.objective, streams, options, found.tables, unchanged_below=unchanged_below
         )
         told = compensation(tables["diagnostics"])
+        idle = idle_tops(tables["singular"])
+        said = [str(told)] if told.told else []
+        said += [idle] if idle else []
         verdicts = [_restored(v) for v in self.config["given_verdicts"]]
         whole = dataclasses.replace(
             found,
             tables={**found.tables, **tables},
             verdicts=(*verdicts, *found.verdicts),
-            reservations=(*found.reservations, *([str(told)] if told.told else [])),
+            reservations=(*found.reservations, *said),
         )
         return whole.with_objective(self.live)
 

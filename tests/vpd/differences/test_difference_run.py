@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from mi_weightspace.core.verdict import Word
 from mi_weightspace.models.toy import tiny_model
 from mi_weightspace.vpd.differences.result import DifferenceDecomposition
 from mi_weightspace.vpd.differences.run import decompose_difference
+from mi_weightspace.vpd.evaluate import evaluate
+from mi_weightspace.vpd.selfchecks import _collapse  # pyright: ignore[reportPrivateUsage]
+from mi_weightspace.vpd.selfchecks_anchor import Anchor, code_version
 
 SITE = "blocks.1.mlp.out"
 ROWS = torch.randint(4, 300, (48, 6), generator=generator(0, "rows"))
@@ -199,3 +204,34 @@ def test_two_streams_are_mixed_as_asked() -> None:
     rows = torch.stack([stream.rows(step) for step in range(8)])
     assert bool((rows[:, :3] < 24).all()) and bool((rows[:, 3:] >= 24).all())
     assert sorted(rows[:, :3].flatten().tolist()) == list(range(24))
+
+
+def test_an_anchor_is_checked_where_one_is_given(
+    result: tuple[DifferenceDecomposition, Tensor, Tensor],
+) -> None:
+    parts = result[0]
+    batches = {"behaviour": ROWS[:8].split(4)}
+    for errors, outcome in ((0, "PASS"), (2, "FAIL")):
+        known = Anchor("known", errors, 1.0, 0.1, 0, 1, 0.0, code_version())
+        options: dict[str, Any] = {"progress": False, **EVALUATION, "anchor": known}
+        checks = parts.assessed_on(batches, **options).tables["checks"].set_index("name")
+        assert checks["outcome"]["anchor"] == outcome
+    assert parts.tables["checks"].set_index("name")["outcome"]["anchor"] == "WARN"  # none given
+
+
+def test_silent_updates_are_an_answer_and_unsure_ones_count_by_importance(
+    result: tuple[DifferenceDecomposition, Tensor, Tensor],
+) -> None:
+    objective = result[0].objective
+    found = evaluate(objective, list(ROWS[:8].split(4)), budgets=(3,), progress=False)
+
+    def outcome(*rows: tuple[str, float, float]) -> str:
+        names = ["site", "mean_ci", "firm"]
+        spectrum = pd.DataFrame(rows, columns=names).assign(frequency=0.5)
+        changed = dataclasses.replace(found, spectrum=spectrum)
+        return _collapse(objective, changed, "these").outcome
+
+    assert outcome(("a", 0.5, 0.9)) == "PASS"  # nothing fires at the host's own site
+    assert outcome(("a", 0.95, 0.9), ("b", 0.05, 0.1)) == "PASS"
+    assert outcome(("a", 0.8, 0.9), ("b", 0.2, 0.1)) == "WARN"
+    assert outcome(("a", 0.5, 0.1)) == "FAIL"
