@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from probes.prompt_audit import AuditReport, audit
     from probes.prompts import as_chat, builtin
     from probes.readout import FlipReport, flip_rate, option_margin
+    from probes.sae import read_stage
+    from probes.sae_io import load_sae
+    from probes.sae_train import train_diff_sae, train_sae
 
 _HOME = {
     "AuditReport": "probes.prompt_audit",
@@ -38,10 +41,14 @@ _HOME = {
     "gate": "probes.gates",
     "head_shares": "probes.heads",
     "load_contrasts": "probes.datasets_io",
+    "load_sae": "probes.sae_io",
     "option_margin": "probes.readout",
     "orthogonalised": "probes.gate_interventions",
     "prompt_list": "probes.activations",
+    "read_stage": "probes.sae",
     "to_jsonl": "probes.datasets_io",
+    "train_diff_sae": "probes.sae_train",
+    "train_sae": "probes.sae_train",
 }
 
 __all__ = [
@@ -60,10 +67,14 @@ __all__ = [
     "gate",
     "head_shares",
     "load_contrasts",
+    "load_sae",
     "option_margin",
     "orthogonalised",
     "prompt_list",
+    "read_stage",
     "to_jsonl",
+    "train_diff_sae",
+    "train_sae",
 ]
 
 
