@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from probes.datasets_io import load_contrasts, to_jsonl
     from probes.defer import fit
     from probes.dmu import DmuReport, dmu_sweep
+    from probes.features import decoder_directions
     from probes.gate_interventions import orthogonalised
     from probes.gate_report import GateReport
     from probes.gates import gate
     from probes.heads import head_shares
+    from probes.inoculation_report import InoculationReport
+    from probes.inoculation_verdict import published_detection
+    from probes.inoculations import InoculationSettings, inoculation
     from probes.prompt_audit import AuditReport, audit
     from probes.prompts import as_chat, builtin
     from probes.readout import FlipReport, flip_rate, option_margin
@@ -30,21 +34,26 @@ _HOME = {
     "DmuReport": "probes.dmu",
     "FlipReport": "probes.readout",
     "GateReport": "probes.gate_report",
+    "InoculationReport": "probes.inoculation_report",
+    "InoculationSettings": "probes.inoculations",
     "ProbeBank": "probes.bank",
     "as_chat": "probes.prompts",
     "audit": "probes.prompt_audit",
     "builtin": "probes.prompts",
+    "decoder_directions": "probes.features",
     "dmu_sweep": "probes.dmu",
     "fit": "probes.defer",
     "flip_rate": "probes.readout",
     "from_cache": "probes.activations",
     "gate": "probes.gates",
     "head_shares": "probes.heads",
+    "inoculation": "probes.inoculations",
     "load_contrasts": "probes.datasets_io",
     "load_sae": "probes.sae_io",
     "option_margin": "probes.readout",
     "orthogonalised": "probes.gate_interventions",
     "prompt_list": "probes.activations",
+    "published_detection": "probes.inoculation_verdict",
     "read_stage": "probes.sae",
     "to_jsonl": "probes.datasets_io",
     "train_diff_sae": "probes.sae_train",
@@ -56,21 +65,26 @@ __all__ = [
     "DmuReport",
     "FlipReport",
     "GateReport",
+    "InoculationReport",
+    "InoculationSettings",
     "ProbeBank",
     "as_chat",
     "audit",
     "builtin",
+    "decoder_directions",
     "dmu_sweep",
     "fit",
     "flip_rate",
     "from_cache",
     "gate",
     "head_shares",
+    "inoculation",
     "load_contrasts",
     "load_sae",
     "option_margin",
     "orthogonalised",
     "prompt_list",
+    "published_detection",
     "read_stage",
     "to_jsonl",
     "train_diff_sae",

@@ -14,6 +14,7 @@ import numpy as np
 
 from mi_weightspace.core.figure_evidence import attribution_figure, evidence_strip
 from mi_weightspace.core.figure_heat import heatmap
+from mi_weightspace.core.figure_inoculation import detector_panels
 from mi_weightspace.core.figure_panels import bars, norms
 from mi_weightspace.core.figure_style import (
     DASHES,
@@ -36,6 +37,7 @@ __all__ = [
     "Line",
     "attribution_figure",
     "bars",
+    "detector_panels",
     "evidence_strip",
     "heatmap",
     "label",

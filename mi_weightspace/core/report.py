@@ -306,6 +306,7 @@ REPORT_MODULES: tuple[str, ...] = (
     "probes.bank",
     "probes.dmu",
     "probes.gate_report",
+    "probes.inoculation_report",
     "probes.prompt_audit",
     "probes.readout",
 )
