@@ -158,7 +158,7 @@ def build_recipe(
         try:
             with one_thread(), ticker(chosen, seed, progress) as tick:
                 _write(chosen, size, seed, key, staging, tick)
-            _publish(staging, folder)
+            publish(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     truth = json.loads((folder / "truth.json").read_text())
@@ -179,7 +179,7 @@ def recipe_hash(chosen: Recipe, seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _publish(staging: Path, folder: Path) -> None:
+def publish(staging: Path, folder: Path) -> None:
     """Rename into place; when another process was first, its result is the same."""
     try:
         staging.rename(folder)

@@ -116,6 +116,18 @@ def select_parameters(model: Any, sites: Sequence[str] | None) -> list[torch.nn.
     return [parameters[name] for name in sorted(names)]
 
 
+def phase_loss(
+    model: Any, language: Language, phase: Phase, draw: torch.Generator, reference: Any
+) -> Float[Tensor, ""]:
+    """The loss of fresh sentences of the phase's mixture."""
+    tokens, _ = language.sample(BATCH, phase.mixture, draw)
+    if phase.loss == "base":
+        return base_loss(model, tokens)
+    if phase.loss == "sft":
+        return answer_loss(model, tokens)
+    return dpo_loss(model, reference, language, tokens)
+
+
 def run_phase(
     model: Any,
     language: Language,
@@ -123,9 +135,15 @@ def run_phase(
     draw: torch.Generator,
     *,
     reference: Any = None,
+    step_loss: Callable[[], Tensor] | None = None,
+    stop: Callable[[int], bool] = lambda _: False,
     after_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Train in place; returns the mean loss of the last tenth of the steps."""
+    """Train in place; returns the mean loss of the last tenth of the steps.
+
+    `step_loss` draws a batch and gives its loss, in place of the phase's mixture and loss; `stop`
+    is asked after each step, with the number of steps made.
+    """
     parameters = select_parameters(model, phase.trains)
     optimiser = torch.optim.AdamW(
         parameters, lr=phase.lr, betas=(0.9, 0.98), weight_decay=phase.weight_decay, foreach=True
@@ -136,18 +154,17 @@ def run_phase(
     for step in range(phase.steps):
         factor = min((step + 1) / warm, (phase.steps - step) / max(1, phase.steps - warm))
         optimiser.param_groups[0]["lr"] = phase.lr * factor
-        tokens, _ = language.sample(BATCH, phase.mixture, draw)
-        if phase.loss == "base":
-            loss = base_loss(model, tokens)
-        elif phase.loss == "sft":
-            loss = answer_loss(model, tokens)
+        if step_loss is not None:
+            loss = step_loss()
         else:
-            loss = dpo_loss(model, reference, language, tokens)
+            loss = phase_loss(model, language, phase, draw, reference)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         losses.append(float(loss.detach()))
         after_step()
+        if stop(step + 1):
+            break
     model.eval().requires_grad_(True)
     return sum(losses[-max(1, len(losses) // 10) :]) / max(1, len(losses) // 10)
