@@ -61,7 +61,8 @@ def read_stage(
             stage; to compare stages make them once, on the clean stage, and hand them in. An empty
             mapping reads the SAE alone.
         base: the stage to subtract, for an SAE of differences.
-        fvu_bound: see `check_fit`; stages that are not ``clean`` count as tuned there.
+        fvu_bound: see `check_fit`; stages that are not ``clean`` count as tuned there. None checks
+            names and widths alone.
         batch_tokens: rows × columns of one forward pass; default: by the free memory.
 
     Raises:
@@ -70,7 +71,8 @@ def read_stage(
         PromptError: prompts this model cannot read.
     """
     ids = token_ids(lens, labelled)
-    fit = check_fit(sae, lens, labelled, base=base, tuned=role != "clean", bound=fvu_bound)
+    measured = None if fvu_bound is None else labelled
+    fit = check_fit(sae, lens, measured, base=base, tuned=role != "clean", bound=fvu_bound)
     distinct = list(dict.fromkeys(ids))
     spans = token_spans(distinct, position)
     parts = _inner(components, lens)

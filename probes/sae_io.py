@@ -101,15 +101,11 @@ def from_release(release: str, sae_id: str) -> Sae:
 
 
 def from_object(found: Any, source: str) -> Sae:
-    """A live SAELens object: its weights copied, as it would be saved for inference."""
+    """A live SAELens object, in training or not; its weights are copied."""
     tensors = {name: value.detach().clone() for name, value in found.state_dict().items()}
-    if hasattr(found, "process_state_dict_for_saving_inference"):
-        found.process_state_dict_for_saving_inference(tensors)
-        config = found.cfg.get_inference_sae_cfg_dict()
-    else:
-        found.process_state_dict_for_saving(tensors)
-        config = found.cfg.to_dict()
-    return sae_of(config, {name: value.cpu() for name, value in tensors.items()}, source)
+    found.process_state_dict_for_saving(tensors)
+    own = {name: value.cpu() for name, value in tensors.items()}
+    return sae_of(found.cfg.to_dict(), own, source)
 
 
 def to_saelens(sae: Sae) -> Any:

@@ -19,6 +19,8 @@ from mi_weightspace.core.sae_codes import SparseCodes
 
 DENSE_SHARE = 0.5
 """Share of the free memory the dense matrix of pooled codes may take."""
+BLOCK = 1 << 18
+"""Triples held in one tensor."""
 
 
 @dataclass(eq=False)
@@ -37,6 +39,7 @@ class CodePool:
     alive: Tensor = field(init=False)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    filled: int = 0
 
     def __post_init__(self) -> None:
         self.alive = torch.zeros(self.d_sae, dtype=torch.bool)
@@ -63,8 +66,24 @@ class CodePool:
                 value = torch.where(counts < total, pooled.clamp_min(0.0), pooled)
             else:
                 value = value.new_zeros(key.shape).index_add_(0, slot, value) / total
-        self.keys.append(key.cpu())
-        self.values.append(value.cpu())
+        self._keep(key.cpu(), value.cpu())
+
+    def _keep(self, key: Int[Tensor, " m"], value: Float[Tensor, " m"]) -> None:
+        """Copy into blocks: small tensors that stay would leave holes between those that go."""
+        while len(key):
+            if not self.keys or self.filled == len(self.keys[-1]):
+                self.keys.append(torch.empty(BLOCK, dtype=torch.long))
+                self.values.append(torch.empty(BLOCK))
+                self.filled = 0
+            here = slice(self.filled, min(BLOCK, self.filled + len(key)))
+            n = here.stop - here.start
+            self.keys[-1][here], self.values[-1][here] = key[:n], value[:n]
+            self.filled, key, value = here.stop, key[n:], value[n:]
+
+    @property
+    def n_kept(self) -> int:
+        """Number of triples."""
+        return max(0, len(self.keys) - 1) * BLOCK + self.filled
 
     @property
     def l0(self) -> float:
@@ -91,8 +110,9 @@ class CodePool:
                 remedy="Read fewer prompts, or use a narrower SAE.",
             )
         out = torch.zeros(n * self.d_sae)
-        if self.keys:
-            out[torch.cat(self.keys)] = torch.cat(self.values).float()
+        for i, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            stop = BLOCK if i + 1 < len(self.keys) else self.filled
+            out[key[:stop]] = value[:stop]
         return out.view(n, self.d_sae)
 
 

@@ -168,11 +168,16 @@ def _run(
     lens: Lens, tokens: Tensor, mask: Tensor, wanted: Tensor, names: Sequence[str]
 ) -> dict[str, Tensor]:
     run = lens.run(tokens, attention_mask=mask, capture=names, logits=False)
-    return {name: value[wanted.to(value.device)].float() for name, value in run.captured.items()}
+    index = wanted.flatten().nonzero().squeeze(1).to(lens.device)
+    return {
+        name: value.flatten(0, 1).index_select(0, index.to(value.device)).float()
+        for name, value in run.captured.items()
+    }
 
 
 def _check_finite(value: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(value).all()):
+    # one sum is cheaper, and finite only if every value is
+    if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
         raise PromptError(
             f"activations at {name}",
             given="NaN or infinite values",

@@ -17,13 +17,22 @@ from torch import Tensor
 
 from mi_weightspace.core.errors import ConfigError, MismatchError
 from mi_weightspace.core.hook_names import space_of_hook
-from mi_weightspace.core.sae_codes import SparseCodes
-from mi_weightspace.core.sae_parts import RULES, Rule, SaeMetadata, check_parts
+from mi_weightspace.core.sae_codes import SparseCodes, row_offsets, where_true
+from mi_weightspace.core.sae_parts import (
+    RULES,
+    Rule,
+    SaeMetadata,
+    blank_biases,
+    check_parts,
+    level_of,
+)
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.space import Space
 
 CHUNK_ELEMENTS = 1 << 22
 """Pre-activations held at once while encoding sparsely (16 MiB in float32)."""
+GROUPS = 2
+"""Groups per k whose maxima bound the k-th largest pre-activation from below."""
 LEVEL_ELEMENTS = 1 << 24
 """Pre-activations looked at when a threshold is set for a given L0."""
 
@@ -178,19 +187,82 @@ class Sae:
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
         """Codes of n tokens as (offsets, latent, value): memory by what is active.
 
-        At most `CHUNK_ELEMENTS` pre-activations exist at a time.
+        At most `CHUNK_ELEMENTS` products exist at a time, in one buffer. One comparison finds the
+        few entries that may be active, a little generously; the rule itself is applied to those.
         """
-        rows = max(1, CHUNK_ELEMENTS // self.d_sae)
-        return SparseCodes.join([self._sparse(part) for part in x.split(rows)], self.d_sae)
+        rows = min(max(1, CHUNK_ELEMENTS // self.d_sae), max(1, x.shape[0]))
+        buffer = torch.empty(rows, self.d_sae, dtype=self.W_enc.dtype, device=self.W_enc.device)
+        parts = []
+        for part in self._input(x).split(rows):
+            product = torch.mm(part, self.W_enc, out=buffer[: len(part)])
+            if self.rule in ("topk", "abstopk"):
+                parts.append(self._largest(product))
+            else:
+                parts.append(self._above(product))
+        return SparseCodes.join(parts, self.d_sae)
 
-    def _sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
-        if self.rule in ("topk", "abstopk"):
-            value, index = self._top(x)
-            active = value != 0
-            return SparseCodes.of(active.sum(1), index[active], value[active], self.d_sae)
-        value, active = self._activate(x)
-        token, index = active.nonzero(as_tuple=True)
-        return SparseCodes.of(active.sum(1), index, value[token, index], self.d_sae)
+    @cached_property
+    def _cut(self) -> Float[Tensor, " d_sae"]:
+        """Products below this cannot be active; the slack covers the rounding of the sums."""
+        bias = self.b_gate if self.rule == "gated" else self.b_enc
+        assert bias is not None
+        floor = torch.zeros_like(bias)
+        if self.threshold is not None:
+            floor = self.threshold.clamp_min(0.0)
+        return floor - bias - 1e-5 * (floor + bias.abs())
+
+    def _above(self, product: Float[Tensor, "n d_sae"]) -> SparseCodes:
+        place = where_true(product > self._cut)
+        latent = place % self.d_sae
+        value = product.view(-1)[place]
+        if self.rule == "gated":
+            assert self.b_gate is not None and self.b_mag is not None and self.r_mag is not None
+            active = value + self.b_gate[latent] > 0
+            value = value * self.r_mag.exp()[latent] + self.b_mag[latent]
+            active &= value > 0
+        else:
+            assert self.b_enc is not None
+            value = value + self.b_enc[latent]
+            active = value > (0.0 if self.threshold is None else self._floor[latent])
+        place, latent, value = place[active], latent[active], value[active]
+        return SparseCodes(row_offsets(place, *product.shape), latent, value, self.d_sae)
+
+    @cached_property
+    def _floor(self) -> Float[Tensor, " d_sae"]:
+        assert self.threshold is not None
+        return self.threshold.clamp_min(0.0)
+
+    def _largest(self, product: Float[Tensor, "n d_sae"]) -> SparseCodes:
+        """The k largest of each row.
+
+        The k-th largest of some groups' maxima is at most the k-th largest of the row, so what
+        reaches it holds the top k; sorting is left to those few.
+        """
+        assert self.b_enc is not None and self.k is not None
+        pre = product.add_(self.b_enc)
+        if self.rescale_acts_by_decoder_norm:
+            pre = pre.mul_(self._row_norm)
+        size = pre.abs() if self.rule == "abstopk" else pre
+        n, groups = pre.shape[0], GROUPS * self.k
+        deep = self.d_sae // groups
+        if deep < 2:
+            index = size.topk(self.k, dim=1, sorted=False).indices
+        else:
+            peaks = size[:, : deep * groups].view(n, deep, groups).amax(1)
+            cut = peaks.topk(self.k, dim=1, sorted=False).values.amin(1, keepdim=True)
+            place = where_true(size >= cut)
+            offsets = row_offsets(place, n, self.d_sae)
+            counts = offsets.diff()
+            column = torch.arange(len(place), device=place.device)
+            column = column - offsets[:-1].repeat_interleave(counts)
+            row = place // self.d_sae
+            few = size.new_full((n, int(counts.max())), -torch.inf)
+            few[row, column] = size.view(-1)[place]
+            chosen = few.topk(self.k, dim=1, sorted=False).indices
+            index = place[offsets[:-1, None] + chosen] % self.d_sae
+        value = pre.gather(1, index)
+        active = value != 0 if self.rule == "abstopk" else value > 0
+        return SparseCodes.of(active.sum(1), index[active], value[active], self.d_sae)
 
     @torch.no_grad()
     def decode(self, codes: Float[Tensor, "*n d_sae"] | SparseCodes) -> Float[Tensor, "*n d_out"]:
@@ -234,21 +306,21 @@ class Sae:
         margin = self._input(x) @ self.W_enc + self.b_enc
         if self.threshold is not None:
             floor = self.threshold.clamp_min(0.0)
-            level = _level(margin - floor, l0)
+            level = level_of(margin - floor, l0)
             if level >= 0:
                 return replace(self, threshold=floor + level)
             return replace(self, b_enc=self.b_enc - level)
-        return replace(self, b_enc=self.b_enc - _level(margin, l0))
+        return replace(self, b_enc=self.b_enc - level_of(margin, l0))
 
     def _gated_with_l0(self, x: Float[Tensor, "n d_in"], l0: float) -> Sae:
         assert self.b_gate is not None and self.b_mag is not None and self.r_mag is not None
         product = self._input(x) @ self.W_enc
         gate, magnitude = product + self.b_gate, product * self.r_mag.exp() + self.b_mag
-        level = _level(gate.masked_fill(magnitude <= 0, -torch.inf), l0)
+        level = level_of(gate.masked_fill(magnitude <= 0, -torch.inf), l0)
         if level >= 0:
             return replace(self, b_gate=self.b_gate - level)
         # no gate opens a latent whose magnitude is not positive: both biases rise
-        level = _level(torch.minimum(gate, magnitude), l0)
+        level = level_of(torch.minimum(gate, magnitude), l0)
         return replace(self, b_gate=self.b_gate - level, b_mag=self.b_mag - level)
 
     # ---- nulls -----------------------------------------------------------------------------
@@ -323,27 +395,13 @@ class Sae:
             out = out / out.norm(dim=1, keepdim=True)
         centre = self._centre(x)
         seen = centre - self.b_dec if self.apply_b_dec_to_input else centre
-        parts: dict[str, Any] = _blank(self.rule, -(rows @ seen))
+        parts: dict[str, Any] = blank_biases(self.rule, -(rows @ seen))
         drawn = replace(self, W_enc=rows.T, W_dec=out, W_skip=None, **parts)
         if x is None and self.rule not in ("topk", "abstopk"):
             parts = {"architecture": "topk", "threshold": None, "b_gate": None}
             parts |= {"b_mag": None, "r_mag": None, "k": max(1, round(l0))}
             return replace(drawn, b_enc=-(rows @ seen), **parts)
         return drawn.with_l0(rows.new_zeros(1, self.d_in) if x is None else x, l0)
-
-
-def _blank(rule: Rule, bias: Float[Tensor, " d_sae"]) -> dict[str, Tensor]:
-    zero = torch.zeros_like(bias)
-    if rule == "gated":
-        return {"b_gate": bias, "b_mag": bias, "r_mag": zero}
-    return {"b_enc": bias, "threshold": zero} if rule == "jumprelu" else {"b_enc": bias}
-
-
-def _level(margin: Float[Tensor, "n d_sae"], l0: float) -> float:
-    """The value that ``round(n·l0)`` margins exceed, half-way to the next."""
-    count = min(max(1, round(margin.shape[0] * l0)), margin.numel() - 1)
-    high, low = margin.flatten().topk(count + 1).values[-2:].tolist()
-    return (low + high) / 2
 
 
 __all__ = ["Sae", "SaeMetadata"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mi_weightspace.core.errors import MismatchError
@@ -110,3 +111,18 @@ def _refusal(source: str, key: str, given: str, expected: str) -> MismatchError:
         expected=expected,
         remedy="Save the SAE again, or load it from its release.",
     )
+
+
+def blank_biases(rule: Rule, bias: Float[Tensor, " d_sae"]) -> dict[str, Tensor]:
+    """A rule's parameters with `bias` added to every pre-activation and nothing else."""
+    zero = torch.zeros_like(bias)
+    if rule == "gated":
+        return {"b_gate": bias, "b_mag": bias, "r_mag": zero}
+    return {"b_enc": bias, "threshold": zero} if rule == "jumprelu" else {"b_enc": bias}
+
+
+def level_of(margin: Float[Tensor, "n d_sae"], l0: float) -> float:
+    """The value that ``round(n·l0)`` margins exceed, half-way to the next."""
+    count = min(max(1, round(margin.shape[0] * l0)), margin.numel() - 1)
+    high, low = margin.flatten().topk(count + 1).values[-2:].tolist()
+    return (low + high) / 2

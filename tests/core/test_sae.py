@@ -116,6 +116,16 @@ def test_sparse_codes_are_the_dense_ones(
         assert (sae.decode(codes) - sae.decode(sae.encode(x))).abs().max() < 1e-4
 
 
+def test_a_k_that_reaches_negative_values_keeps_none_of_them() -> None:
+    for architecture in ("topk", "abstopk"):
+        sae, x = make(architecture, k=34), points(8)
+        expected = naive(sae, x)
+        assert bool((expected < 0).any()) == (architecture == "abstopk")
+        assert (sae.encode(x) - expected).abs().max() < 1e-5
+        assert (sae.encode_sparse(x).dense() - expected).abs().max() < 1e-5
+        assert (sae.encode_sparse(x).value != 0).all()
+
+
 def test_no_active_latent_decodes_to_the_bias() -> None:
     sae = replace(make("standard"), b_enc=torch.full((H,), -1e3))
     codes = sae.encode_sparse(points())
@@ -145,7 +155,7 @@ def test_rotated_is_the_trained_dictionary_on_turned_activations(
     assert not torch.equal(sae.rotated(4).W_enc, turned.W_enc)
 
 
-@pytest.mark.parametrize("architecture", AUTOENCODERS + ("transcoder", "jumprelu_transcoder"))
+@pytest.mark.parametrize("architecture", (*AUTOENCODERS, "transcoder", "jumprelu_transcoder"))
 def test_nulls_keep_width_rule_and_l0(architecture: str) -> None:
     sae, x = make(architecture), points(200) + 3.0
     l0 = sae.l0(x)

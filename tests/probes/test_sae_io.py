@@ -102,6 +102,8 @@ def test_every_trainable_architecture(architecture: str, applied: bool, tmp_path
     batch = "batchtopk" in architecture
     assert from_disk.architecture == ("jumprelu" if batch else architecture)
     assert from_disk.metadata.trained_k == (K if batch else None)
+    randomise(trained, seed=9)
+    assert_same(live, theirs)  # a copy
 
 
 @pytest.mark.parametrize("rescaled", [True, False])

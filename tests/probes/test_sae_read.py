@@ -299,6 +299,7 @@ def test_many_given_rows_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     sae, x = drawn_sae(), torch.randn(50, 2, D, generator=torch.Generator().manual_seed(0))
     whole = readings_of(x, sae, rivals={})
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sae_pool, "BLOCK", 11)
     parts = readings_of(x, sae, rivals={})
     assert torch.allclose(whole.codes["sae"], parts.codes["sae"], atol=1e-5)
     assert whole.facts == pytest.approx(parts.facts)

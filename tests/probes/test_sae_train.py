@@ -77,6 +77,23 @@ def test_trained_here_fits_here(lens: TorchLens) -> None:
     assert found.facts["l0"] == pytest.approx(16, abs=0.5)
 
 
+@pytest.mark.parametrize("architecture", ["topk", "standard", "batchtopk"])
+def test_the_models_units_do_not_matter(architecture: str, lens: TorchLens) -> None:
+    """Everything that writes into the stream times 20: the same SAE in other units."""
+    loud = TorchLens(tiny_model("llama"), None)
+    with torch.no_grad():
+        loud.model.model.embed_tokens.weight.mul_(20)
+        for layer in loud.model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(20)
+            layer.mlp.down_proj.weight.mul_(20)
+    x = activations(lens, prompts(), [POINT])[POINT]
+    assert (activations(loud, prompts(), [POINT])[POINT] / (20 * x) - 1).abs().median() < 1e-3
+    one, other = (train(m, architecture=architecture, steps=60, lr=3e-3) for m in (lens, loud))
+    assert fvu_of(other, 20 * x) == pytest.approx(fvu_of(one, x), rel=0.1)
+    assert (other.b_dec / 20 - one.b_dec).norm() < 0.1 * one.b_dec.norm()
+    assert other.l0(20 * x) == pytest.approx(one.l0(x), rel=0.1)
+
+
 def test_same_seed_same_sae(lens: TorchLens) -> None:
     first = train(lens, steps=10)
     assert same(first, train(lens, steps=10))
