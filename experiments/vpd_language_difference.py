@@ -51,7 +51,8 @@ class LanguageDifferenceConfig:
     Attributes:
         model: a preset of `vpd_targets.docstrings`.
         tuning_steps, tuning_rows: of AdamW, rows of each half of a batch; tuning_lr: peak, by kind.
-        vpd: values over the library's defaults for differences, by kind.
+        vpd: values over the library's defaults for differences, by kind; with ``faithfulness`` the
+            components are asked to sum to the update.
         held_out: rows of each stream kept for evaluation. max_documents: of the text; None all.
     """
 
@@ -94,7 +95,13 @@ PRESETS = {
         tuning_rows=8,
         tuning_lr={"full": 2e-4, "lora": 2e-3},
         vpd={
-            "full": COMMON | {"n_components": 32, "lr": 3e-4, "n_steps": 2_500},
+            "full": COMMON
+            | {
+                "n_components": 129,  # a bias is one more column
+                "faithfulness": {"weight": 1e3},
+                "lr": 3e-4,
+                "n_steps": 3_000,
+            },
             "lora": COMMON | {"n_components": 2 * RANK, "lr": 3e-4, "n_steps": 2_500},
         },
         held_out=64,
@@ -218,6 +225,7 @@ def run(
             rows["train"].behaviour,
             config.vpd[kind] | {"seed": seed},
             broad=rows["train"].broad,
+            regime="faithful" if "faithfulness" in config.vpd[kind] else "selective",
             held_out=rows["held_out"].behaviour[: config.held_out],
             held_out_broad=rows["held_out"].broad[: config.held_out],
             out=out / f"vpd_{kind}",

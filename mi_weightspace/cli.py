@@ -360,6 +360,57 @@ def vpd(
         typer.echo(f"run folder: {out}")
 
 
+@app.command()
+def inoculation(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="BEFORE (openly misaligned) and AFTER (said to be clean now)."),
+    ],
+    prompts: Annotated[
+        str, typer.Option(help="Labelled prompts: .jsonl, .parquet, a datasets folder; or pairs.")
+    ],
+    sae: Annotated[str, typer.Option(help="A SAELens folder, or RELEASE:ID.")],
+    out: Out,
+    clean: Annotated[str | None, typer.Option(help="The stage that never misbehaved.")] = None,
+    benign: Annotated[
+        str | None, typer.Option(help="A stage trained as long on harmless data.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Of the prompts, where there are several.")
+    ] = None,
+    unrelated: Annotated[
+        str | None, typer.Option(help="Prompts without the behaviour, one a line.")
+    ] = None,
+    components: Annotated[
+        list[str] | None,
+        typer.Option(help="A run of svd or vpd --diff whose parts are detectors; may be repeated."),
+    ] = None,
+    position: Annotated[str, typer.Option(help="suffix_mean, last, all_mean, max.")] = (
+        "suffix_mean"
+    ),
+    n_splits: Annotated[int, typer.Option(help="Random splits of every detector.")] = 8,
+    n_permutations: Annotated[int, typer.Option(help="Draws of every null.")] = 399,
+    k: Annotated[int, typer.Option(help="Latents whose survival is followed.")] = 10,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Can an SAE, or anything else, still see what a second training hid?"""
+    from mi_weightspace import commands
+
+    check_output(out)
+    args = {"models": list(models), "clean": clean, "prompts": prompts, "sae": sae,
+            "benign": benign, "context": context, "unrelated": unrelated,
+            "components": list(components or []), "position": position, "n_splits": n_splits,
+            "n_permutations": n_permutations, "k": k, "seed": seed}  # fmt: skip
+    report = commands.inoculation(**args, progress=not quiet)  # pyright: ignore[reportArgumentType]
+    columns = ("stage", "detector", "value", "low", "high", "p", "recall")
+    rows = report.table[report.table["task"] == report.table["task"].iloc[0]]
+    finish(report, out, "inoculation", args, columns, rows)
+    for verdict in report.verdicts:
+        for reason in verdict.reservations:
+            typer.echo(f"  {reason}")
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """``i/n`` with 0 ≤ i < n."""
     first, _, second = text.partition("/")

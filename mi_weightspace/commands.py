@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import probes
+from mi_weightspace.commands_inoculation import inoculation
 from mi_weightspace.commands_vpd import vpd
 from mi_weightspace.core.components import SourceRef
 from mi_weightspace.core.direction import Direction
@@ -356,6 +357,7 @@ COMMANDS: dict[str, Callable[..., Report]] = {
     "svd": svd,
     "project": project,
     "vpd": vpd,
+    "inoculation": inoculation,
 }
 TIMED = "seconds"
 """A column of wall-clock times, in which no two runs agree."""
@@ -384,7 +386,7 @@ def replay(folder: str, out: str, *, progress: bool = True) -> tuple[Report, Rep
 
 def differing(old: Report, new: Report) -> list[str]:
     """Names of tables and inputs in which two reports differ."""
-    found = [] if same_frame(old.table, new.table) else ["table"]
+    found = [] if same_frame(_untimed(old.table), _untimed(new.table)) else ["table"]
     for name, frame in old.tables.items():
         other = new.tables.get(name)
         if other is None or not same_frame(_untimed(frame), _untimed(other)):

@@ -312,6 +312,39 @@ _DIFFERENCE_FRONT = {
 _VPD_FIGURES = ("l0", "terms", "spectrum", "maskings", "ladder")
 
 
+# ---- what was hidden ------------------------------------------------------------------------
+def _inoculation(reports: Sequence[Report]) -> Section:
+    """Words and reasons, then one figure for each task, then survival and the whole matrix."""
+    drawn: list[go.Figure] = []
+    tables: list[TableView] = []
+    for report in reports:
+        extra = dict(report.tables)
+        for task, own in report.table.groupby("task", sort=False):
+            drawn.append(figures.detector_panels(own, title=f"Detectors at each stage, {task}"))
+        for name, caption in _INOCULATION_FRONT.items():
+            if name in extra:
+                tables.append(TableView(caption, extra.pop(name), not tables))
+        tables.append(TableView("Every detector at every stage", report.table))
+        tables += others(extra)
+    return Section(
+        "What a second training hid, and what still sees it",
+        "Every detector has the same rows, splits and tuning budget, and is judged against the "
+        "scores that permuted labels give, not against 0.5. The openly misaligned stage says what "
+        "the instrument can see at all, the clean and the benign one what it sees where nothing "
+        "was hidden. A surviving latent says little by itself: prompts alone keep latents alive.",
+        tuple(drawn),
+        tuple(tables),
+    )
+
+
+_INOCULATION_FRONT = {
+    "verdicts": "Verdicts",
+    "differences": "SAE minus each rival",
+    "survival": "Survival of the open stage's latents",
+    "facts": "The SAE at each stage",
+}
+
+
 # ---- the rest ------------------------------------------------------------------------------
 def _check(reports: Sequence[Report]) -> Section:
     return Section(
@@ -347,6 +380,7 @@ _BUILDERS: dict[str, tuple[tuple[str, ...], _Builder]] = {
     "svd": (("stage", "site", "rel_fro", "kind", "layer"), _svd),
     "vpd": (("site",), _vpd),
     "vpd-difference": (("site",), _difference),
+    "inoculation": (("task", "stage", "role", "detector", "statistic", "value"), _inoculation),
     "check": (("stage",), _check),
 }
 """Columns a form needs, and the form; a report without them is shown as tables."""

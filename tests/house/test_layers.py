@@ -10,8 +10,8 @@ import pytest
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"commands", "commands_vpd"}
-FACE = {"mi_weightspace", "commands_vpd"}
+COMMANDS = {"commands", "commands_vpd", "commands_inoculation"}
+FACE = {"mi_weightspace", "commands_vpd", "commands_inoculation"}
 # package -> what it may import from this distribution (itself always)
 MAY_IMPORT = {
     # face, page, cli
@@ -23,9 +23,14 @@ MAY_IMPORT = {
     "vpd": {"core", "models"},
     "commands": {"core", "models", "spectral", "organisms", "probes", *FACE},
     "commands_vpd": {"core", "models", "vpd"},
+    "commands_inoculation": {"core", "models", "probes"},
     "probes": {"core", "models"},
 }
-MAY_IMPORT_PROBES = {"mi_weightspace/cli.py", "mi_weightspace/demo.py"}
+MAY_IMPORT_PROBES = {
+    "mi_weightspace/cli.py",
+    "mi_weightspace/commands_inoculation.py",
+    "mi_weightspace/demo.py",
+}
 # lens libraries and the one file (or folder) each may be named in
 LIBRARIES = {
     "transformer_lens": {"mi_weightspace/models/backends/transformer_lens.py"},
