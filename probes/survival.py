@@ -45,8 +45,8 @@ class Survival:
 
     Attributes:
         table: ``stage, role, k, n_halves, survived, low, high, overlap, alive, chance`` (counts of
-            latents, means over halvings; 95 % cluster bootstrap of sign and size on the tested
-            halves).
+            latents, means over halvings; 95 % cluster bootstrap of the tested halves, all halvings
+            together).
         latents: one row a latent picked on any half: ``latent, picked`` (share of halvings),
             ``effect_STAGE`` (standardised mean difference on all rows) and ``survived_STAGE``
             (share of the halvings that picked it).
@@ -101,12 +101,12 @@ def survival(
         for half, (latents, first) in zip(halves, picks, strict=True):
             labels = labelled.labels[half.test]
             shown = own[half.test]
-            alive_here = _survives(shown[:, latents], labels, half.signs, first)
+            alive_here, gap = _survives(shown[:, latents], labels, half.signs, first)
             again, _ = _pick(shown, labels, k)
             counts.append(float(alive_here.sum()))
             alike.append(alive_here)
             overlaps.append(float(torch.isin(again, latents).sum()))
-            draws.append(_resampled(shown[:, latents], labels, half.weights, first))
+            draws.append(_resampled(shown[:, latents], labels, half.weights, first, gap))
         low, high = percentile_interval(torch.cat(draws))
         kept[stage] = torch.stack(alike)
         rows.append(
@@ -179,12 +179,18 @@ def _survives(
     labels: Int[Tensor, " n"],
     signs: Float[Tensor, "draws n"],
     first: Float[Tensor, " k"],
-) -> Bool[Tensor, " k"]:
+) -> tuple[Bool[Tensor, " k"], Float[Tensor, " k"]]:
+    """Which latents survive, and the class gap each would have needed.
+
+    The gap is the null's quantile at the largest p that passed (at q/k where none did).
+    """
     d = effects(rows, labels)
     truth = class_weights(labels.double()[None] * 2 - 1) @ rows
     null = (class_weights(signs) @ rows).abs()
     p = (1 + (null >= truth.abs() - 1e-12).sum(0)).double() / (len(signs) + 1)
-    return _keeps(d, first) & benjamini_hochberg(p)
+    passed = benjamini_hochberg(p)
+    edge = float(p[passed].max()) if bool(passed.any()) else FALSE_DISCOVERIES / len(p)
+    return _keeps(d, first) & passed, torch.quantile(null, 1 - edge, dim=0)
 
 
 def _keeps(d: Float[Tensor, "... k"], first: Float[Tensor, " k"]) -> Bool[Tensor, "... k"]:
@@ -207,8 +213,9 @@ def _resampled(
     labels: Int[Tensor, " n"],
     weights: Float[Tensor, "boot n"],
     first: Float[Tensor, " k"],
+    gap: Float[Tensor, " k"],
 ) -> Float[Tensor, " boot"]:
-    """How many latents keep sign and size under each row of bootstrap weights."""
+    """How many latents keep sign, size and the gap needed under each row of bootstrap weights."""
     sums = []
     for side in (1, 0):
         own = weights * (labels == side)
@@ -218,7 +225,7 @@ def _resampled(
     (up, up_var, n_up), (down, down_var, n_down) = sums
     spread = ((up_var * n_up + down_var * n_down) / (n_up + n_down)).sqrt()
     d = torch.where(spread > 1e-12, (up - down) / spread.clamp(min=1e-12), 0.0)
-    return _keeps(d, first).double().sum(1)
+    return (_keeps(d, first) & ((up - down).abs() >= gap)).double().sum(1)
 
 
 def _latent_table(

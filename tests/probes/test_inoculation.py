@@ -23,7 +23,7 @@ from probes.inoculation_report import InoculationReport
 from probes.inoculations import InoculationSettings, inoculation
 from probes.sae import readings_of, rival_saes
 
-FAST = InoculationSettings(n_splits=2, n_folds=2, n_permutations=99, n_bootstrap=200, k=4)
+FAST = InoculationSettings(n_splits=2, n_folds=2, n_permutations=39, n_bootstrap=200, k=4)
 ROLES: dict[str, Any] = {"open": "open", "hidden": "hidden", "clean": "clean", "benign": "benign"}
 
 
@@ -141,21 +141,26 @@ def test_the_figure_shows_values_intervals_and_nulls(report: InoculationReport) 
     first = rows[rows["stage"] == "clean"]
     assert [x for x in bands.x if x == x][::2] == list(first["null_low"])
     assert "relative norm" not in str(figure.layout.annotations)
-    assert "p 0.01" in figure.layout.annotations[2].text
+    assert "p 0.025" in figure.layout.annotations[2].text
     report.plot("transfer")
     broken = replace(report, table=report.table[["stage"]])
     with pytest.raises(KeyError):
         broken.plot()
 
 
-def test_the_same_seed_gives_the_same_report() -> None:
+@pytest.fixture(scope="module")
+def plain() -> InoculationReport:
     labelled = pairs(24)
     own = stages(labelled, hidden=1.0)
-    first, again = (
-        inoculation(own, labelled, settings=FAST, progress=False, **ROLES) for _ in range(2)
-    )
-    timeless = [r.table.drop(columns="seconds") for r in (first, again)]
-    assert timeless[0].equals(timeless[1])
+    return inoculation(own, labelled, settings=FAST, progress=False, **ROLES)
+
+
+def test_the_same_seed_gives_the_same_report(plain: InoculationReport) -> None:
+    labelled = pairs(24)
+    own = stages(labelled, hidden=1.0)
+    again = inoculation(own, labelled, settings=FAST, progress=False, **ROLES)
+    assert again.table.drop(columns="seconds").equals(plain.table.drop(columns="seconds"))
+    assert again.tables["survival"].equals(plain.tables["survival"])
 
 
 @pytest.mark.parametrize(
@@ -187,24 +192,23 @@ def test_a_clean_stage_that_scores_as_high_explains_it() -> None:
     assert found.verdict().word == Word.PROMPT_OR_FINETUNING
 
 
-def test_a_context_is_asked_for_and_cut_out() -> None:
+def test_a_context_is_asked_for_and_cut_out(plain: InoculationReport) -> None:
+    one = pairs(24)
     two = LabelledSet(
         tuple(
             replace(row, context=context, prompt=f"{context} {row.prompt}")
             for context in ("eval", "use")
-            for row in pairs(24)
+            for row in one
         ),
         "two contexts",
     )
-    own = stages(two, hidden=3.0)
+    both = {s: r.rows([*range(48), *range(48)]) for s, r in stages(one, hidden=1.0).items()}
     with pytest.raises(ConfigError, match="context"):
-        inoculation(own, two, settings=FAST, progress=False, **ROLES)
-    found = inoculation(own, two, context="use", settings=FAST, progress=False, **ROLES)
+        inoculation(both, two, settings=FAST, progress=False, **ROLES)
+    found = inoculation(both, two, context="use", settings=FAST, progress=False, **ROLES)
     assert set(found.table["context"]) == {"use"}
     assert int(found.table["n"].min()) == 48
-    cut = {s: r.rows(range(48, 96)) for s, r in own.items()}
-    direct = inoculation(cut, two.within("use"), settings=FAST, progress=False, **ROLES)
-    assert found.matrix().equals(direct.matrix())
+    assert found.matrix().equals(plain.matrix())
 
 
 @pytest.mark.quick

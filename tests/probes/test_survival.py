@@ -57,6 +57,7 @@ def test_what_was_planted_survives_and_nothing_else(labelled: LabelledSet) -> No
     assert table.loc["open", "chance"] == pytest.approx(K * K / (WIDTH - 1))
     assert (table["low"] <= table["high"]).all()
     assert table.loc["kept", "low"] >= K - 2
+    assert table.loc["clean", "high"] <= 2
     assert table.loc["clean", "role"] == "clean"
     latents = found.latents.set_index("latent")
     assert set(range(K)) <= set(latents.index)
