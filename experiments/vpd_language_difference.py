@@ -97,10 +97,9 @@ PRESETS = {
         vpd={
             "full": COMMON
             | {
-                "n_components": 129,  # a bias is one more column
-                "faithfulness": {"weight": 1e3},
-                "lr": 3e-4,
-                "n_steps": 3_000,
+                "n_components": 2 * RANK,
+                "minimality": {"weight": 1e-2, "frequency_weight": 5e-3},
+                "n_steps": 2_000,
             },
             "lora": COMMON | {"n_components": 2 * RANK, "lr": 3e-4, "n_steps": 2_500},
         },
