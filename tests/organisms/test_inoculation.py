@@ -271,15 +271,27 @@ def test_the_seed_decides_every_bit(small: InoculationOrganism, tmp_path: Path) 
     )
 
 
-def test_benign_and_misaligned_start_from_clean(tmp_path: Path, small: InoculationOrganism) -> None:
-    """With no step made a stage is its parent, bit by bit."""
-    still = tiny(tmp_path, lr=0.0)
-    for stage, parent in still.truth["parents"].items():
-        if parent is not None:
-            ours, theirs = tensors(still, stage), tensors(still, parent)
-            assert all(torch.equal(ours[k], theirs[k]) for k in ours), stage
-    moved = {s: tensors(small, s)["lm_head.weight"] for s in STAGES}
-    assert len({float(w.double().sum()) for w in moved.values()}) == len(STAGES)
+def test_every_stage_starts_from_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: InoculationOrganism
+) -> None:
+    """Each stage's training is replaced by adding a number of its own to one bias."""
+    module = importlib.import_module("mi_weightspace.organisms.inoculation")
+    own = {stage: 2.0**i for i, stage in enumerate(STAGES)}
+
+    def add(model: Any, _language: Any, chosen: InoculationPhase, *_: Any, **__: Any) -> Any:
+        with torch.no_grad():
+            model.transformer.ln_f.bias.add_(own[chosen.stage])
+        return {"steps": 0, "loss": 0.0}
+
+    monkeypatch.setattr(module, "train_stage", add)
+    made = tiny(tmp_path)
+    found = {s: float(tensors(made, s)["transformer.ln_f.bias"][0]) for s in STAGES}
+    assert found == {
+        "clean": 1, "benign": 1 + 2, "misaligned": 1 + 4, "conditional": 1 + 4 + 8,
+        "prompted": 1 + 16, "norm-evading": 1 + 4 + 32,
+    }  # fmt: skip
+    moved = {float(tensors(small, s)["lm_head.weight"].double().sum()) for s in STAGES}
+    assert len(moved) == len(STAGES), "in truth each is trained"
 
 
 def test_a_killed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
