@@ -171,7 +171,9 @@ def test_differences_are_paired_and_adjusted() -> None:
 
 
 @pytest.mark.quick
-def test_the_joint_p_is_that_of_the_largest() -> None:
+def test_the_joint_p_is_that_of_the_best_row_times_their_number() -> None:
+    from scipy.stats import t
+
     draw = generator(0, "joint")
     null = torch.randn(3, 199, generator=draw, dtype=torch.float64)
     empty = torch.zeros(0, dtype=torch.float64)
@@ -179,8 +181,10 @@ def test_the_joint_p_is_that_of_the_largest() -> None:
     def rows(*values: float) -> list[Found]:
         return [Found(v, 0, 1, empty, n, empty) for v, n in zip(values, null, strict=True)]
 
-    p, best = joint_p(rows(0.0, 6.0, 0.0))
-    assert (p, best) == (2 / 200, 1)
+    p, best = joint_p(rows(0.0, 4.0, 0.0))
+    own = null[1].numpy()
+    gap = (4.0 - own.mean()) / (own.std(ddof=1) * (1 + 1 / 199) ** 0.5)
+    assert best == 1 and p == pytest.approx(3 * 2 * t.sf(gap, 198))
     assert joint_p(rows(0.0, 0.5, 0.0))[0] > 0.5
     assert joint_p(rows(-6.0, -6.0, -6.0))[0] == 1.0, "one-sided: below the null is no detection"
     single = [Found(2.1, 0, 1, empty, null[0], empty)]
@@ -225,6 +229,8 @@ def test_the_norm_equals_its_definition() -> None:
         oracle = np.linalg.norm(flipped) / np.linalg.norm(x, axis=1).mean()
         assert float(found.null[b]) == pytest.approx(oracle)
     assert found.low <= found.value <= found.high
+    square = found.draws.sign() * found.draws.square()
+    assert float(square.mean()) == pytest.approx(found.value**2, rel=0.1), "centred on the value"
 
 
 @pytest.mark.quick
@@ -232,6 +238,9 @@ def test_between_stages_keeps_a_prompt_on_one_side() -> None:
     labelled = factorial(4, 4)
     design = Design.of(labelled, **SMALL).between_stages()
     assert len(design) == 2 * len(labelled)
+    assert torch.equal(design.clusters[: len(labelled)], design.clusters[len(labelled) :])
+    assert len(design.clusters.unique()) == labelled.n_clusters
+    assert torch.equal(design.weights[:, : len(labelled)], design.weights[:, len(labelled) :])
     for split in design.splits:
         n = len(labelled)
         assert not set((split.train % n).tolist()) & set((split.test % n).tolist())

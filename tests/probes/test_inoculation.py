@@ -202,7 +202,8 @@ def test_a_context_is_asked_for_and_cut_out(plain: InoculationReport) -> None:
         ),
         "two contexts",
     )
-    both = {s: r.rows([*range(48), *range(48)]) for s, r in stages(one, hidden=1.0).items()}
+    mixed = [*reversed(range(48)), *range(48)]
+    both = {s: r.rows(mixed) for s, r in stages(one, hidden=1.0).items()}
     with pytest.raises(ConfigError, match="context"):
         inoculation(both, two, settings=FAST, progress=False, **ROLES)
     found = inoculation(both, two, context="use", settings=FAST, progress=False, **ROLES)
