@@ -41,7 +41,7 @@ from probes.inoculation_verdict import published_detection
 from probes.inoculations import InoculationSettings
 
 GEMMA_SAE = "gemma-scope-2-1b-it-res:layer_13_width_16k_l0_medium"
-PUBLISHED = published_detection(0.581, 50, 0.582)
+PUBLISHED = published_detection(0.58, 50, 0.58)
 HIDDEN = "norm-evading"
 
 

@@ -116,4 +116,4 @@ mw.project(update, directions, progress=False).to_pandas()[
 # ## Figures of a paper, judged by themselves
 
 # %%
-print(probes.published_detection(0.581, 50, 0.582))
+print(probes.published_detection(0.58, 50, 0.58))

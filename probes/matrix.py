@@ -247,12 +247,12 @@ def family_readings(matrix: Matrix, stage: str, level: float = 0.05) -> dict[str
     linear = [name for name in SHARED_NULL if name in own]
     joint, best = joint_p([own[name] for name in linear])
     curved = [name for name in NON_LINEAR if name in own]
-    strongest = min(curved, key=lambda name: (own[name].p, name))
+    bent, strongest = joint_p([own[name] for name in curved])
     speakers = {
         "norm": (NORM, own[NORM].p),
         "linear": (linear[best], joint),
-        "sae": (PRIMARY, own[PRIMARY].p),
-        "non-linear": (strongest, min(1.0, len(curved) * own[strongest].p)),
+        "sae": (PRIMARY, joint_p([own[PRIMARY]])[0]),
+        "non-linear": (curved[strongest], bent),
     }
     adjusted = holm(torch.tensor([p for _, p in speakers.values()], dtype=torch.float64)).tolist()
     controls = [s for s in matrix.of_role("clean", "benign") if s != stage]

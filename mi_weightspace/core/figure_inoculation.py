@@ -63,7 +63,7 @@ def detector_panels(frame: pd.DataFrame, *, title: str) -> go.Figure:
         own = scored[scored["stage"] == stage].set_index("detector").reindex(names)
         _draw_stage(figure, own, names, column, shown)
     figure.update_xaxes(
-        range=[0, 1.02], tickvals=[0, 0.5, 1], ticks="outside", showline=True, linecolor=GREY
+        range=[-0.03, 1.06], tickvals=[0, 0.5, 1], ticks="outside", showline=True, linecolor=GREY
     )
     figure.update_xaxes(title_text=axis("AUROC", "0.5 = no order"), title_font_size=11)
     figure.update_yaxes(
