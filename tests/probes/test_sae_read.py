@@ -428,6 +428,12 @@ def test_centred_weights_are_undone_where_that_is_exact() -> None:
     # the reconstruction is of the raw stream, so that its error is the SAE's
     error = found.dense - found.reconstruction
     assert (error - (seen - centred.decode(centred.encode(seen)))).abs().max() < 1e-3
+    other = drawn_sae().described(convention="centred")  # its rows are not orthogonal to the mean
+    found = read_stage(
+        lens, labelled, other, rivals={}, position="last", fvu_bound=None, progress=False
+    )
+    seen = found.dense - found.dense.mean(-1, keepdim=True)
+    assert (found.codes["sae"] - other.encode(seen)).abs().max() < 1e-4
     assert check_fit(centred, lens, labelled).centred
     assert not check_fit(centred, lens_of("llama")).centred  # nothing to centre behind an RMS norm
     unknown = check_fit(centred.described(convention="unknown"), lens, labelled, bound=None)
