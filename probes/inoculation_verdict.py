@@ -109,10 +109,11 @@ def judge(found: Evidence) -> tuple[Word, tuple[str, ...]]:
         return Word.NORM_NOT_DEFEATED, (
             f"The norm itself shows the hidden stage: {found.norm}. Nothing was hidden from it.",
         )
-    if found.linear.credible and not found.beats_linear:
+    if found.linear.credible and not (found.sae.credible and found.beats_linear):
+        than = "is not worse than" if not found.beats_linear else "needs nothing of"
         return Word.SAE_ADDS_NOTHING, (
-            f"A dense linear probe reads it ({found.linear}) and is not worse than the "
-            f"dictionary ({found.sae}).",
+            f"A dense linear probe reads it ({found.linear}) and {than} the dictionary "
+            f"({found.sae}).",
         )
     return _non_linear(found)
 

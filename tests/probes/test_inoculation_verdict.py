@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -63,6 +64,8 @@ BRANCHES: list[tuple[Word, dict[str, Any]]] = [
     (Word.SAE_ADDS_NOTHING, {"linear": ABOVE, "beats_linear": False}),
     (Word.SAE_ADDS_NOTHING, {"linear": ABOVE, "beats_linear": False, "sae": AT_NULL}),
     (Word.SAE_ADDS_NOTHING, {"linear": ABOVE, "beats_linear": False, "norm": EXPLAINED}),
+    (Word.SAE_ADDS_NOTHING, {"linear": ABOVE, "sae": AT_NULL, "beats_linear": True}),
+    (Word.SAE_ADDS_NOTHING, {"linear": ABOVE, "sae": EXPLAINED, "beats_linear": True}),
     (Word.SAE_UNRESOLVED, {"beats_linear": False}),
     (Word.SAE_UNRESOLVED, {"beats_linear": False, "linear": EXPLAINED, "non_linear": ABOVE}),
     (Word.SAE_UNRESOLVED, {"missing": ("rbf",)}),
@@ -91,7 +94,7 @@ def test_every_word_has_a_branch() -> None:
 readings = st.builds(Reading, st.booleans(), st.booleans())
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.builds(
         Evidence,
@@ -109,7 +112,27 @@ readings = st.builds(Reading, st.booleans(), st.booleans())
         needed=st.sampled_from([None, 203]),
     )
 )
-def test_every_combination_gives_one_word_and_keeps_its_promises(found: Evidence) -> None:
+def test_any_numbers_give_one_word_that_keeps_its_promises(found: Evidence) -> None:
+    check_promises(found)
+
+
+def test_every_combination_gives_one_word_that_keeps_its_promises() -> None:
+    each = [Reading(a, e) for a, e in product((False, True), repeat=2)]
+    seen = set()
+    for opened, *four, beats, unbeaten, missing in product(
+        (0.5, 0.9),
+        *[each] * 4,
+        (False, True),
+        ({}, {"rbf": True}, {"rbf": False}, {"rbf": True, "mlp": False}),
+        ((), ("mlp",)),
+    ):
+        found = Evidence(200, 100, 0.9, opened, *four, beats, unbeaten, missing)
+        check_promises(found)
+        seen.add(judge(found)[0])
+    assert seen == WORDS - {Word.UNDERPOWERED}
+
+
+def check_promises(found: Evidence) -> None:
     word, reasons = judge(found)
     assert word in WORDS
     assert len(reasons) == 1
