@@ -31,12 +31,15 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/activation_stats.py
 	$(BIN)/python benchmarks/vpd_step.py
 	$(BIN)/python benchmarks/diff_vpd_scale.py
+	$(BIN)/python benchmarks/sae_encode.py
 
 notebooks: $(STAMP)
 	mkdir -p notebooks
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3
-	$(BIN)/jupytext --to ipynb --set-kernel python3 --output notebooks/walkthrough.ipynb experiments/walkthrough.py
-	PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace notebooks/walkthrough.ipynb
+	for name in walkthrough inoculation_walkthrough; do \
+		$(BIN)/jupytext --to ipynb --set-kernel python3 --output notebooks/$$name.ipynb experiments/$$name.py && \
+		PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace notebooks/$$name.ipynb || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from probes.inoculation_report import InoculationReport
     from probes.inoculation_verdict import published_detection
     from probes.inoculations import InoculationSettings, inoculation
+    from probes.labelled_io import load_labelled
+    from probes.labelling import confounds, two_sets
     from probes.prompt_audit import AuditReport, audit
     from probes.prompts import as_chat, builtin
     from probes.readout import FlipReport, flip_rate, option_margin
@@ -40,6 +42,7 @@ _HOME = {
     "as_chat": "probes.prompts",
     "audit": "probes.prompt_audit",
     "builtin": "probes.prompts",
+    "confounds": "probes.labelling",
     "decoder_directions": "probes.features",
     "dmu_sweep": "probes.dmu",
     "fit": "probes.defer",
@@ -49,6 +52,7 @@ _HOME = {
     "head_shares": "probes.heads",
     "inoculation": "probes.inoculations",
     "load_contrasts": "probes.datasets_io",
+    "load_labelled": "probes.labelled_io",
     "load_sae": "probes.sae_io",
     "option_margin": "probes.readout",
     "orthogonalised": "probes.gate_interventions",
@@ -58,6 +62,7 @@ _HOME = {
     "to_jsonl": "probes.datasets_io",
     "train_diff_sae": "probes.sae_train",
     "train_sae": "probes.sae_train",
+    "two_sets": "probes.labelling",
 }
 
 __all__ = [
@@ -71,6 +76,7 @@ __all__ = [
     "as_chat",
     "audit",
     "builtin",
+    "confounds",
     "decoder_directions",
     "dmu_sweep",
     "fit",
@@ -80,6 +86,7 @@ __all__ = [
     "head_shares",
     "inoculation",
     "load_contrasts",
+    "load_labelled",
     "load_sae",
     "option_margin",
     "orthogonalised",
@@ -89,6 +96,7 @@ __all__ = [
     "to_jsonl",
     "train_diff_sae",
     "train_sae",
+    "two_sets",
 ]
 
 

@@ -29,6 +29,15 @@ def test_walkthrough_runs(
     }
 
 
+@pytest.mark.slow
+def test_inoculation_walkthrough_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(ROOT / "experiments" / "inoculation_walkthrough.py"))
+    words = {v.subject: v.word for v in names["report"].verdicts}
+    assert words["conditional"] == Word.NORM_NOT_DEFEATED
+    assert set(words) == {"conditional", "norm-evading"}
+
+
 def test_claim_one_on_the_organism(
     deference: Organism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
