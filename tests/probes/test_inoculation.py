@@ -127,6 +127,16 @@ def test_it_survives_saving_and_says_what_it_found(
     assert loaded.inputs["hidden"] == "hash hidden"
 
 
+def test_tables_are_given_by_name_as_copies(report: InoculationReport) -> None:
+    assert report.to_pandas().equals(report.table)
+    own = report.to_pandas("survival")
+    assert own.equals(report.tables["survival"])
+    own["k"] = 0
+    assert not own.equals(report.tables["survival"])
+    with pytest.raises(ConfigError, match="survival"):
+        report.to_pandas("sruvival")
+
+
 def test_the_figure_shows_values_intervals_and_nulls(report: InoculationReport) -> None:
     figure: Any = report.plot()
     rows = report.table[
