@@ -183,7 +183,7 @@ def build_inoculation(
     architecture: Architecture = "gpt2",
     progress: bool = True,
 ) -> InoculationOrganism:
-    """The organism, from the cache or trained now (micro: about 45 CPU-seconds on one core).
+    """The organism, from the cache or trained now (micro: about 50 CPU-seconds, full: 180).
 
     Args:
         size: ``micro`` (4 layers, width 48) or ``full`` (6 layers, width 64).
