@@ -102,7 +102,8 @@ def run(
         progress=progress,
         evaluation={"budgets": config.budgets},
     )
-    write_report([parts], out / "report.html", title="VPD of a language model of docstrings")
+    if not (out / "report.html").exists():
+        write_report([parts], out / "report.html", title="VPD of a language model of docstrings")
     return parts
 
 

@@ -232,9 +232,10 @@ def run(
             progress=progress,
             evaluation={**config.evaluation, "anchor": out / "anchor.json"},
         )
-    if len(found) == len(KINDS):
+    page = out / "report.html"
+    if len(found) == len(KINDS) and not page.exists():
         title = "VPD of two fine-tunings of one language model"
-        write_report(list(found.values()), out / "report.html", title=title)
+        write_report(list(found.values()), page, title=title)
     held_out = rows["held_out"].behaviour[: config.held_out]
     (out / "cards.md").write_text("\n\n".join(cards(found, held_out)))
     return found
