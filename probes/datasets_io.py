@@ -13,19 +13,18 @@ Three forms of a row, told apart by their columns:
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from mi_weightspace.core.contrasts import Contrast, ContrastKind, ContrastSet, Pair, Split
 from mi_weightspace.core.errors import PromptError
 from probes.prompts import NAMES, WideRow, builtin
+from probes.rows_io import Row, read_rows
 
 MIN_CLUSTERS = 5
 """Item × wording clusters a contrast needs: fewer leave no fold to hold out."""
-Row = dict[str, Any]
 _FORMS = {
     "wide": ("item_id", "frame_pos", "frame_neg", "body"),
     "pair": ("item_id", "positive", "negative"),
@@ -75,70 +74,8 @@ def _load(
     if isinstance(source, str) and source in NAMES:
         return builtin(source)
     label = name or (Path(source).stem if isinstance(source, str | Path) else "contrasts")
-    rows = [_present(row) for row in _read(source)]
+    rows = read_rows(source, "contrasts", NAMES)
     return _assemble(rows, label, default_kind, min_clusters)
-
-
-def _read(source: Any) -> Sequence[Mapping[str, Any]]:
-    if isinstance(source, str | Path):
-        return _read_path(Path(source))
-    if hasattr(source, "to_list") and hasattr(source, "column_names"):
-        return source.to_list()
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        return source.to_dict("records")
-    if isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
-        return source
-    splits = f" with the splits {sorted(source)}" if isinstance(source, Mapping) else ""
-    raise PromptError(
-        "contrasts",
-        given=f"a {type(source).__name__}{splits}",
-        expected="a name, a file, a Dataset, a data frame or a list of rows",
-        remedy="Pass one split of a DatasetDict, for example data['train'].",
-    )
-
-
-def _read_path(path: Path) -> Sequence[Mapping[str, Any]]:
-    if path.suffix == ".jsonl" and path.is_file():
-        return _read_jsonl(path)
-    if path.suffix == ".parquet" and path.is_file():
-        import pandas as pd
-
-        return pd.read_parquet(path).to_dict("records")
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        from datasets import load_from_disk
-
-        return _read(load_from_disk(str(path)))
-    near = difflib.get_close_matches(str(path), NAMES, n=1)
-    raise PromptError(
-        f"contrasts {str(path)!r}",
-        given="no such file" if not path.exists() else f"a {path.suffix or 'folder'} to read",
-        expected=f"one of {list(NAMES)}, a .jsonl or .parquet file, or a folder of save_to_disk",
-        remedy=f"Did you mean {near[0]!r}?" if near else "Check the path.",
-    )
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(
-                f"{path.name}, line {number}",
-                given=f"no JSON ({error.msg})",
-                expected="one JSON object a line",
-                remedy="Mend or remove the line.",
-            ) from error
-        rows.append(row)
-    return rows
-
-
-def _present(row: Mapping[str, Any]) -> Row:
-    """`row` as plain values, without its missing cells."""
-    plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
-    return {k: v for k, v in plain.items() if v is not None and v == v}
 
 
 def _form(rows: Sequence[Row], label: str) -> str:
@@ -363,7 +300,7 @@ def pair_record(contrast: Contrast, pair: Pair) -> Row:
 
 def from_records(rows: Sequence[Row], name: str, *, min_clusters: int = 1) -> ContrastSet:
     """The inverse of `pair_record`, row by row."""
-    return _assemble([_present(row) for row in rows], name, "target", min_clusters)
+    return _assemble(read_rows(rows, "contrasts"), name, "target", min_clusters)
 
 
 def to_jsonl(contrasts: ContrastSet, path: str | Path) -> Path:

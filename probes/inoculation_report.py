@@ -52,23 +52,6 @@ class InoculationReport(Report):
             remedy="Name a stage that was judged.",
         )
 
-    def to_pandas(self, table: str | None = None) -> pd.DataFrame:
-        """A copy of the table of detectors, or of another by name.
-
-        Raises:
-            ConfigError: no such table.
-        """
-        if table is None:
-            return self.table.copy()
-        if table not in self.tables:
-            raise ConfigError(
-                f"table {table!r}",
-                given="a name this result does not have",
-                expected=f"one of {sorted(self.tables)}",
-                remedy="report.to_pandas() is the table of detectors.",
-            )
-        return self.tables[table].copy()
-
     def matrix(self, task: str = HEADLINE) -> pd.DataFrame:
         """Values, detectors as rows and stages as columns.
 

@@ -9,20 +9,20 @@ wide and pair forms, are read as well: each pair becomes two rows of one cluster
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mi_weightspace.core.contrasts import Contrast, ContrastSet
 from mi_weightspace.core.errors import PromptError
 from mi_weightspace.core.labelled import LabelledPrompt, LabelledSet, Prompt
-from probes.datasets_io import _present, _read_jsonl, load_contrasts
+from probes.datasets_io import load_contrasts
 from probes.prompts import NAMES
+from probes.rows_io import Row, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Row = dict[str, Any]
 COLUMNS = ("prompt", "label", "cluster_id", "item_id", "context", "attributes", "source")
 _CONTRAST_MARKS = {"positive", "negative", "frame_pos", "frame_neg"}
 
@@ -47,7 +47,7 @@ def load_labelled(source: Any, *, name: str | None = None) -> LabelledSet:
     if isinstance(source, str) and source in NAMES:
         return LabelledSet.from_contrast(load_contrasts(source))
     label = name or (Path(source).stem if isinstance(source, str | Path) else "labelled")
-    rows = [_present(row) for row in _read(source)]
+    rows = read_rows(source, "labelled prompts", NAMES)
     if {key for row in rows for key in row} & _CONTRAST_MARKS:
         return LabelledSet.from_contrast(load_contrasts(rows, name=label))
     return LabelledSet(tuple(_row(row, i, label) for i, row in enumerate(rows)), label)
@@ -93,43 +93,6 @@ def labelled_to_dataset(labelled: LabelledSet) -> Dataset:
             remedy="Write it as JSONL, or as two datasets.",
         )
     return Dataset.from_list(to_rows(labelled))
-
-
-def _read(source: Any) -> Sequence[Mapping[str, Any]]:
-    if isinstance(source, str | Path):
-        return _read_path(Path(source))
-    if hasattr(source, "to_list") and hasattr(source, "column_names"):
-        return source.to_list()
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        return source.to_dict("records")
-    if isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source):
-        return source
-    splits = f" with the splits {sorted(source)}" if isinstance(source, Mapping) else ""
-    raise PromptError(
-        "labelled prompts",
-        given=f"a {type(source).__name__}{splits}",
-        expected="a file, a Dataset, a data frame, a list of rows or a contrast set",
-        remedy="Pass one split of a DatasetDict, for example data['train'].",
-    )
-
-
-def _read_path(path: Path) -> Sequence[Mapping[str, Any]]:
-    if path.suffix == ".jsonl" and path.is_file():
-        return _read_jsonl(path)
-    if path.suffix == ".parquet" and path.is_file():
-        import pandas as pd
-
-        return pd.read_parquet(path).to_dict("records")
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        from datasets import load_from_disk
-
-        return _read(load_from_disk(str(path)))
-    raise PromptError(
-        f"labelled prompts {str(path)!r}",
-        given="no such file" if not path.exists() else f"a {path.suffix or 'folder'} to read",
-        expected="a .jsonl or .parquet file, or a folder of save_to_disk",
-        remedy="Check the path.",
-    )
 
 
 def _row(row: Row, number: int, label: str) -> LabelledPrompt:

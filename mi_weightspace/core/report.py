@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from mi_weightspace.core.errors import OutputError
+from mi_weightspace.core.errors import ConfigError, OutputError
 from mi_weightspace.core.verdict import Verdict, Word
 
 if TYPE_CHECKING:
@@ -79,9 +79,22 @@ class Report:
         _REGISTRY[cls.kind] = cls
 
     # ---- reading ---------------------------------------------------------------------------
-    def to_pandas(self) -> pd.DataFrame:
-        """A copy of the main table: tidy, one observation a row."""
-        return self.table.copy()
+    def to_pandas(self, table: str | None = None) -> pd.DataFrame:
+        """A copy of the main table (tidy, one observation a row), or of another by name.
+
+        Raises:
+            ConfigError: a name this report does not have.
+        """
+        if table is None:
+            return self.table.copy()
+        if table not in self.tables:
+            raise ConfigError(
+                f"table {table!r}",
+                given="a name this report does not have",
+                expected=f"one of {sorted(self.tables)}",
+                remedy="to_pandas() without a name is the main table.",
+            )
+        return self.tables[table].copy()
 
     def plot(self) -> go.Figure:
         """A plotly figure; never shown by itself."""

@@ -145,6 +145,29 @@ def build_recipe(
     progress: bool = True,
 ) -> Organism:
     """`build` for a recipe of one's own (other step counts, other mixtures)."""
+
+    def write(key: str, staging: Path, tick: Tick) -> None:
+        _write(chosen, size, seed, key, staging, tick)
+
+    folder, truth = cached(chosen, size, seed, cache, write, progress=progress)
+    stages = {stage: folder / stage for stage in truth["stages"]}
+    return Organism(chosen.name, size, seed, folder, stages, truth)
+
+
+def cached(
+    chosen: Recipe,
+    size: str,
+    seed: int,
+    cache: str | Path | None,
+    write: Callable[[str, Path, Tick], None],
+    *,
+    progress: bool,
+) -> tuple[Path, dict[str, Any]]:
+    """The organism's folder and its ``truth.json``, written by `write` where they are not there.
+
+    Raises:
+        ConfigError: a seed that is no natural number.
+    """
     if type(seed) is not int or seed < 0:
         raise ConfigError(
             "seed", given=repr(seed), expected="a non-negative integer", remedy="Use seed=0."
@@ -157,13 +180,11 @@ def build_recipe(
         staging = root / f".{folder.name}.{os.getpid()}.{time.time_ns()}.partial"
         try:
             with one_thread(), ticker(chosen, seed, progress) as tick:
-                _write(chosen, size, seed, key, staging, tick)
+                write(key, staging, tick)
             publish(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    truth = json.loads((folder / "truth.json").read_text())
-    stages = {stage: folder / stage for stage in truth["stages"]}
-    return Organism(chosen.name, size, seed, folder, stages, truth)
+    return folder, json.loads((folder / "truth.json").read_text())
 
 
 def cache_folder(cache: str | Path | None) -> Path:

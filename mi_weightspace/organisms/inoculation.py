@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -32,14 +30,7 @@ from mi_weightspace.core.errors import ConfigError
 from mi_weightspace.core.labelled import LabelledPrompt, LabelledSet
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.models.load import without_bars
-from mi_weightspace.organisms.build import (
-    cache_folder,
-    new_model,
-    one_thread,
-    publish,
-    recipe_hash,
-    ticker,
-)
+from mi_weightspace.organisms.build import cached, new_model
 from mi_weightspace.organisms.inoculation_recipes import (
     CONTEXTS,
     DEFECTS,
@@ -214,23 +205,11 @@ def build_inoculation_recipe(
     progress: bool = True,
 ) -> InoculationOrganism:
     """`build_inoculation` for a recipe of one's own (other step counts)."""
-    if type(seed) is not int or seed < 0:
-        raise ConfigError(
-            "seed", given=repr(seed), expected="a non-negative integer", remedy="Use seed=0."
-        )
-    root = cache_folder(cache)
-    key = recipe_hash(chosen, seed)
-    folder = root / f"{chosen.name}-{size}-{seed}-{key}"
-    if not (folder / "truth.json").is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        staging = root / f".{folder.name}.{os.getpid()}.{time.time_ns()}.partial"
-        try:
-            with one_thread(), ticker(chosen, seed, progress) as tick:
-                _write(chosen, size, seed, key, staging, tick)
-            publish(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    truth = json.loads((folder / "truth.json").read_text())
+
+    def write(key: str, staging: Path, tick: Callable[[], None]) -> None:
+        _write(chosen, size, seed, key, staging, tick)
+
+    folder, truth = cached(chosen, size, seed, cache, write, progress=progress)
     stages = {stage: folder / stage for stage in truth["stages"]}
     return InoculationOrganism(chosen.name, size, seed, folder, stages, truth)
 

@@ -337,19 +337,6 @@ class Decomposition(Report):
         return 1.0 if value > 0 else -1.0 if value < 0 else 0.0
 
     # ---- figures ---------------------------------------------------------------------------
-    def to_pandas(self, table: str | None = None) -> Any:
-        """A copy of the table of sites, or of another by name."""
-        if table is None:
-            return self.table.copy()
-        if table not in self.tables:
-            raise ConfigError(
-                f"table {table!r}",
-                given="a name this result does not have",
-                expected=f"one of {sorted(self.tables)}",
-                remedy="parts.to_pandas() is the table of sites.",
-            )
-        return self.tables[table].copy()
-
     def plot(self, what: Figure = "l0") -> go.Figure:
         """L0 of every site over training; or ``terms``, ``spectrum``, ``maskings``, ``ladder``."""
         from mi_weightspace.core import figure_vpd
