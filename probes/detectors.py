@@ -212,7 +212,7 @@ def logistic(
     del seed
     scale = Standardised.of(train)
     rotated = Rotated.of(scale(train))
-    features = working(rotated.features, len(signs))
+    features = working(rotated.features, len(signs) * len(configurations))
     penalties = features.new_tensor([c for (c,) in configurations])
     weight, bias = logistic_shared(features, rotated.energy, signs, penalties)
     return weight @ (scale(test) @ rotated.axes).T.to(weight) + bias[..., None]
@@ -226,7 +226,7 @@ def principal_logistic(
     centre = train.mean(0)
     rotated = Rotated.of(train - centre)
     spread = (rotated.energy / len(train)).sqrt()
-    own = working(rotated.features / spread, len(signs))
+    own = working(rotated.features / spread, len(signs) * len(configurations))
     other = ((test - centre) @ rotated.axes / spread).to(own)
     found = []
     for k, c in configurations:
@@ -246,18 +246,25 @@ def selected_logistic(
     """
     del seed
     scale = Standardised.of(train)
-    own = working(scale(train), len(signs))
+    own = working(scale(train), len(signs) * len(configurations))
     other = scale(test).to(own)
     effect = (class_weights(signs.to(own.dtype)) @ own).abs()
     order = effect.argsort(dim=1, descending=True, stable=True)
-    found: list[Tensor] = []
-    for k, c in configurations:
-        kept = order[:, : min(int(k), own.shape[1])]
-        features = own.T[kept].mT  # (b, n, k)
-        penalty = own.new_full((len(signs),), c)
-        weight, bias = logistic_each(features, signs, penalty)
-        found.append((other.T[kept].mT @ weight[..., None])[..., 0] + bias[:, None])
-    return torch.stack(found)
+    widths = list(dict.fromkeys(int(k) for k, _ in configurations))
+    found: dict[Configuration, Tensor] = {}
+    for width in widths:  # all penalties of one width in one call
+        kept = order[:, : min(width, own.shape[1])]
+        penalties = [c for k, c in configurations if int(k) == width]
+        features, held = (rows.T[kept].mT for rows in (own, other))  # (b, n, k)
+        weight, bias = logistic_each(
+            features.repeat(len(penalties), 1, 1),
+            signs.repeat(len(penalties), 1),
+            own.new_tensor(penalties).repeat_interleave(len(signs)),
+        )
+        weight, bias = (x.reshape(len(penalties), len(signs), -1) for x in (weight, bias))
+        scores = torch.einsum("bmk,cbk->cbm", held, weight) + bias
+        found |= {(width, c): row for c, row in zip(penalties, scores, strict=True)}
+    return torch.stack([found[int(k), c] for k, c in configurations])
 
 
 def selected(rows: Float[Tensor, "n d"], labels: Int[Tensor, " n"], k: int) -> Int[Tensor, " k"]:

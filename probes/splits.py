@@ -101,12 +101,15 @@ def fold_numbers(
     order = torch.randperm(k, generator=generator(seed, name, k))
     order = order[torch.argsort(size[order], descending=True, stable=True)]
     chosen = torch.zeros(k, dtype=torch.long)
-    filled = torch.zeros(3, n_folds, dtype=torch.long)
+    filled = [[0] * n_folds for _ in range(3)]
+    total = [0] * n_folds
+    kinds, sizes = kind.tolist(), size.tolist()
     for c in order.tolist():
-        own = filled[int(kind[c])]
-        fold = min(range(n_folds), key=lambda f: (int(own[f]), int(filled[:, f].sum()), f))
+        own = filled[kinds[c]]
+        fold = min(range(n_folds), key=lambda f: (own[f], total[f], f))
         chosen[c] = fold
-        filled[int(kind[c]), fold] += int(size[c])
+        own[fold] += sizes[c]
+        total[fold] += sizes[c]
     return chosen[index]
 
 
