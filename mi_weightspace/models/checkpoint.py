@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mi_weightspace.core.errors import CheckpointError
+from mi_weightspace.core.json_io import DamagedJson, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,7 +76,7 @@ class TensorFolder:
         try:
             with safe_open(file, "pt") as handle:
                 return handle.get_tensor(key)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
 
 
@@ -85,11 +85,12 @@ def _headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         with safe_open(file, "pt") as handle:
             slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
             return {k: (tuple(s.get_shape()), str(s.get_dtype())) for k, s in slices.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard. A shard is a plain file name: an index never leads out of its folder."""
     found = read_json(index, "the index written by save_pretrained").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(
@@ -98,10 +99,29 @@ def _weight_map(index: Path) -> dict[str, str]:
             expected="the index written by save_pretrained",
             remedy="Copy it again.",
         )
+    for key, file in found.items():
+        if not is_plain_name(file):
+            raise CheckpointError(
+                f"file {index}, weight_map[{key!r}]",
+                given=f"{file!r}"[:120],
+                expected="the name of a shard in the same folder",
+                remedy="Copy the index written by save_pretrained.",
+            )
     return found
 
 
-def _damaged(file: Path, error: SafetensorError) -> CheckpointError:
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is a file name alone: no folder, no way up, nothing a path cannot hold."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode("utf-8", "surrogatepass")) <= 255
+        and name not in {".", ".."}
+        and not set(name) & set("/\\\0")
+        and name.isprintable()
+    )
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"shard {file}",
         given=f"a damaged or truncated file ({error})",
@@ -139,16 +159,16 @@ def read_json(file: Path, expected: str) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, or not a JSON object; `expected` says what it should have been.
     """
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError as error:
+    if not file.is_file():  # a pipe would be waited for
         raise CheckpointError(
             f"checkpoint {file.parent}",
             given=f"no {file.name}" if file.parent.is_dir() else "no such folder",
             expected=expected,
             remedy="Check the path.",
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        )
+    try:
+        found = parse_json(file.read_bytes(), unique=True)
+    except (DamagedJson, OSError) as error:
         raise CheckpointError(
             f"file {file}",
             given=f"text that is not JSON ({error})",
@@ -216,6 +236,8 @@ def refuse_non_finite(tensor: Tensor, name: str, where: str) -> Tensor:
             expected="float32, bfloat16 or float16",
             remedy="Use the unquantised checkpoint.",
         )
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()  # what is computed with: larger values are infinite there
     # the sum is non-finite if any entry is; entry-wise only then (one pass over the usual case)
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())

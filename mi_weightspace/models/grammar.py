@@ -19,6 +19,7 @@ from torch import Tensor
 from mi_weightspace.core.errors import ArchitectureError, CheckpointError
 from mi_weightspace.core.site import Kind, Site
 from mi_weightspace.core.space import Space
+from mi_weightspace.models.config_file import check_size, config_of
 from mi_weightspace.models.families import FAMILIES, Family, Part
 
 Slot = Literal["q", "k", "v", "gate", "in"]
@@ -52,18 +53,21 @@ class ModelShape:
         return FAMILIES[self.family]
 
 
-def shape_of(config: Any) -> ModelShape:
+def shape_of(config: Any, where: str = "config.json") -> ModelShape:
     """Sizes from a `PretrainedConfig` (or the same as a dict read from ``config.json``).
+
+    Args:
+        where: the configuration's file, for messages.
 
     Raises:
         ArchitectureError: no table for this family.
-        CheckpointError: quantised weights.
+        CheckpointError: quantised weights, or a size or key that no model has.
     """
     if isinstance(config, Mapping):
-        config = _config_from_dict(config)
+        config = _config_from_dict(config, where)
     if getattr(config, "quantization_config", None):
         raise CheckpointError(
-            f"{config.model_type} checkpoint",
+            f"{config.model_type} checkpoint ({where})",
             given="quantised weights",
             expected="float32, bfloat16 or float16 weights",
             remedy="Use the unquantised checkpoint: rounding hides what training changed.",
@@ -83,7 +87,7 @@ def shape_of(config: Any) -> ModelShape:
     parallel = table.parallel
     if family == "gpt_neox":
         parallel = bool(config.use_parallel_residual)
-    return ModelShape(
+    shape = ModelShape(
         family=family,
         n_layers=config.num_hidden_layers,
         d_model=d_model,
@@ -96,21 +100,22 @@ def shape_of(config: Any) -> ModelShape:
         tied=bool(getattr(config, "tie_word_embeddings", False)),
         max_positions=getattr(config, "max_position_embeddings", None) or 2048,
     )
+    for key in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_mlp", "vocab_size"):
+        check_size(key, getattr(shape, key), where)
+    return shape
 
 
-def _config_from_dict(record: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
+def _config_from_dict(record: Mapping[str, Any], where: str) -> Any:
     fields = dict(record)
     family = fields.pop("model_type", None)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ArchitectureError(
-            f"model_type {family!r}",
+            f"{where}, model_type {family!r}",
             given="a family without a grammar table",
             expected=f"one of {sorted(FAMILIES)}",
             remedy="Add a table to mi_weightspace/models/families.py; the checks certify it.",
         )
-    return AutoConfig.for_model(family, **fields)
+    return config_of(family, fields, where)
 
 
 def sites_of(shape: ModelShape) -> list[Site]:
@@ -230,9 +235,11 @@ def canonical(
     raise wrong_shape(site, tuple(stored.shape), shape)
 
 
-def wrong_shape(site: Site, found: tuple[int, ...], shape: ModelShape) -> CheckpointError:
+def wrong_shape(
+    site: Site, found: tuple[int, ...], shape: ModelShape, where: str = ""
+) -> CheckpointError:
     return CheckpointError(
-        f"matrix {site.name}",
+        f"matrix {site.name}{where and ' of '}{where}",
         given=f"a stored tensor of shape {found}",
         expected=f"{stored_shape(site, shape)} by the configuration",
         remedy="The weights and config.json belong to different models.",

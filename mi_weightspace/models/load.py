@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mi_weightspace.core.errors import ArchitectureError
+from mi_weightspace.core.errors import ArchitectureError, CheckpointError
 from mi_weightspace.models.checks import verify_sites
 from mi_weightspace.models.grammar import module_path, part_of, row_index
 from mi_weightspace.models.lens import Backend, Lens
@@ -94,7 +94,18 @@ def hugging_face(
     source = open_path(model) if isinstance(model, str | Path) else model
     base = source.base if isinstance(source, AdapterSource) else source
     with without_bars():
-        module: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base.path, dtype=dtype, output_loading_info=True
+        )
+    module, said = loaded
+    absent = sorted(said["missing_keys"])
+    if absent:
+        raise CheckpointError(
+            f"checkpoint {base.name}",
+            given=f"no tensor {absent[0]!r} ({len(absent)} in all), which would be drawn at random",
+            expected="every tensor of the model",
+            remedy="The weights are incomplete; copy or save the checkpoint again.",
+        )
     if isinstance(source, AdapterSource):
         _merge(module, source)
     module.eval()

@@ -20,6 +20,7 @@ from torch import Tensor
 from mi_weightspace.core.errors import CheckpointError, MismatchError
 from mi_weightspace.core.site import Site
 from mi_weightspace.models.checkpoint import read_json, refuse_non_finite
+from mi_weightspace.models.config_file import MOST
 from mi_weightspace.models.grammar import (
     ModelShape,
     module_path,
@@ -58,6 +59,7 @@ class AdapterSource(_BySite):
                 self._factors[path] = found.pop(name)
             if path in self._factors:
                 self._check(site, self._factors[path])
+        self._check_every_layer()
         if found:
             raise CheckpointError(
                 f"adapter {self.folder}",
@@ -65,6 +67,21 @@ class AdapterSource(_BySite):
                 expected=f"modules of the base model {self.base.name} ({self.shape.family})",
                 remedy="Use the base model the adapter was trained on.",
             )
+
+    def _check_every_layer(self) -> None:
+        """Without a choice of layers, a module with factors has them in every layer.
+
+        A missing pair would pass for a module that was not trained.
+        """
+        targets = self.config.get("target_modules")
+        chosen = any(self.config.get(key) for key in ("layers_to_transform", "exclude_modules"))
+        if chosen or not isinstance(targets, list) or any(re.search(r"\.\d", t) for t in targets):
+            return
+        blocks = [(site.kind, module_path(site, self.shape)) for site in self.sites("blocks.*")]
+        adapted = {kind for kind, path in blocks if path in self._factors}
+        for kind, path in blocks:
+            if kind in adapted and path not in self._factors:
+                raise _odd_targets(self.folder, path, "no factors", "what the other layers have")
 
     def _check(self, site: Site, factors: Factors) -> None:
         whole = stored_shape(site, self.shape)
@@ -88,7 +105,7 @@ class AdapterSource(_BySite):
         path = Path(folder)
         if base is None:
             named = _read(path).get("base_model_name_or_path")
-            if not named:
+            if not isinstance(named, str) or not named:
                 raise CheckpointError(
                     f"adapter {path}",
                     given="no base_model_name_or_path (it was trained on a model in memory)",
@@ -183,21 +200,53 @@ def _read(folder: Path) -> dict[str, Any]:
             expected="a plain LoRA or rsLoRA adapter (no DoRA, no fully trained modules)",
             remedy="Merge it with peft's merge_and_unload(), save, and compare checkpoints.",
         )
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise CheckpointError(
-            f"adapter {folder}",
-            given=f"lora_alpha = {config.get('lora_alpha')!r}",
-            expected="a number: the scale of the product is lora_alpha / r",
-            remedy="Copy adapter_config.json again.",
-        )
+    _check_numbers(folder, config)
     return config
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Ranks and scales, of the adapter and of single modules."""
+    numbers: dict[str, Any] = {key: config.get(key) for key in ("lora_alpha", "r")}
+    for pattern in ("alpha_pattern", "rank_pattern"):
+        own = config.get(pattern) or {}
+        if not isinstance(own, dict):
+            raise _odd_config(folder, pattern, own, "an object of module patterns")
+        for key, value in own.items():
+            numbers[f"{pattern}[{key!r}]"] = value
+            try:
+                re.compile(key)
+            except re.error as error:
+                expected = f"a regular expression ({error})"
+                raise _odd_config(folder, pattern, key, expected) from error
+    for key, value in numbers.items():
+        whole = key == "r" or key.startswith("rank_pattern")
+        if whole and (type(value) is not int or not 1 <= value <= MOST):
+            raise _odd_config(folder, key, value, "a rank: a whole number from 1")
+        if type(value) not in (int, float) or not 0 < abs(value) < float("inf"):
+            expected = "a finite number that is not 0: the product is scaled by lora_alpha / r"
+            raise _odd_config(folder, key, value, expected)
+    if not isinstance(config.get("use_rslora") or False, bool):
+        raise _odd_config(folder, "use_rslora", config["use_rslora"], "true or false")
+
+
+def _odd_config(folder: Path, key: str, value: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"adapter {folder}, adapter_config.json, {key}",
+        given=f"{key} = {value!r}"[:120],
+        expected=expected,
+        remedy="Copy adapter_config.json again.",
+    )
+
+
+def _own(config: Mapping[str, Any], what: str, module: str, default: Any) -> Any:
     """peft's rule: the first pattern that matches the end of the module's path decides."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    patterns: Mapping[str, Any] = config.get(what) or {}
     own = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = next(own, config["lora_alpha"])
+    return next(own, default)
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = _own(config, "alpha_pattern", module, config["lora_alpha"])
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -206,15 +255,12 @@ def _load_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, Factors]
     from safetensors.torch import load_file
 
     file = folder / WEIGHTS
+    if not file.is_file():  # a pipe would be waited for
+        raise _no_factors(folder, "no such file")
     try:
         tensors = load_file(file)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(
-            f"adapter {folder}",
-            given=f"no readable {WEIGHTS} ({error})",
-            expected="a folder written by peft's save_pretrained (safetensors)",
-            remedy="Save the adapter again with safe_serialization=True.",
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _no_factors(folder, str(error)) from error
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
@@ -229,15 +275,56 @@ def _load_factors(folder: Path, config: Mapping[str, Any]) -> dict[str, Factors]
         halves.setdefault(match[1], {})[match[2]] = checked
     factors: dict[str, Factors] = {}
     for module, pair in halves.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+        matrices = set(pair) == {"A", "B"} and all(half.ndim == 2 for half in pair.values())
+        if not matrices or pair["A"].shape[0] != pair["B"].shape[1]:
             raise CheckpointError(
                 f"adapter {folder}, module {module}",
                 given=f"factors {sorted((k, tuple(v.shape)) for k, v in pair.items())}",
                 expected="lora_A (r, in) and lora_B (out, r) of one rank",
                 remedy="The file is incomplete; copy or save the adapter again.",
             )
+        rank = _own(config, "rank_pattern", module, config["r"])
+        if pair["A"].shape[0] != rank:
+            raise CheckpointError(
+                f"adapter {folder}, module {module}",
+                given=f"factors of rank {pair['A'].shape[0]}",
+                expected=f"r = {rank} by adapter_config.json",
+                remedy="The file and the configuration are of different saves; copy both again.",
+            )
         scale = _scale(config, module, pair["A"].shape[0])
         # lora_A is (r, in) and lora_B (out, r) also under fan_in_fan_out: peft transposes the
         # product, not the factors, when it adds it to a Conv1D weight
         factors[module] = (pair["B"] * scale, pair["A"])
+    _check_targets(folder, config, factors)
     return factors
+
+
+def _no_factors(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"adapter {folder}",
+        given=f"no readable {WEIGHTS} ({why})",
+        expected="a folder written by peft's save_pretrained (safetensors)",
+        remedy="Save the adapter again with safe_serialization=True.",
+    )
+
+
+def _check_targets(folder: Path, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> None:
+    """There are factors, and every module that has some is a target."""
+    if not factors:
+        raise _odd_targets(folder, WEIGHTS, "no factors", "lora_A and lora_B weights")
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and all(isinstance(t, str) for t in targets):
+        for module in factors:
+            if not any(module == t or module.endswith(f".{t}") for t in targets):
+                raise _odd_targets(folder, module, "factors", f"target_modules {targets}")
+    elif targets is not None and not isinstance(targets, str):
+        raise _odd_config(folder, "target_modules", targets, "a list of names, or a pattern")
+
+
+def _odd_targets(folder: Path, name: str, given: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"adapter {folder}, {name}",
+        given=given,
+        expected=expected,
+        remedy="The file is incomplete or of another save; copy or save the adapter again.",
+    )

@@ -35,6 +35,14 @@ from mi_weightspace.models.grammar import (
     stored_shape,
     wrong_shape,
 )
+from mi_weightspace.models.layout import (
+    BUFFERS,
+    Header,
+    agree_layouts,
+    bare,
+    check_layers,
+    check_vectors,
+)
 
 Factors = tuple[Float[Tensor, "d_out r"], Float[Tensor, "r d_in"]]
 _FLOATS = frozenset({"F32", "BF16", "F16", "F64"})
@@ -49,7 +57,6 @@ _AGREED = (
     "d_head",
     "parallel",
 )
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".masked_bias", ".inv_freq")
 
 
 @runtime_checkable
@@ -128,11 +135,14 @@ class CheckpointSource(_BySite):
     def __post_init__(self) -> None:
         self.path = resolve(self.model)
         self.name = str(self.model)
-        self.shape = shape_of(read_config(self.path))
+        self.shape = shape_of(read_config(self.path), str(self.path / "config.json"))
         self._tensors = TensorFolder.open(self.path)
         self._fingerprint: str | None = None
-        for site in self.sites():  # what is wrong shows at opening, not in the middle of a sweep
+        # what is wrong shows at opening, not in the middle of a sweep
+        check_layers(self._tensors.headers, self.shape, self.name)
+        for site in self.sites():
             self._check_header(site)
+            check_vectors(site, self._vectors(site), self.shape, self.name)
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +161,30 @@ class CheckpointSource(_BySite):
                 remedy="Use the unquantised checkpoint: rounding hides what training changed.",
             )
         if found != stored_shape(site, self.shape):
-            raise wrong_shape(site, found, self.shape)
+            raise wrong_shape(site, found, self.shape, self.name)
+
+    def _vectors(self, site: Site) -> dict[str, Header | None]:
+        """Headers of the vectors around a matrix, by ``role:key``; None where there is none."""
+        table, paths = self.shape.table, {"bias": part_of(site, self.shape).key(site.layer, "bias")}
+        pre, post = table.pre_norm(site.kind), table.post_norm(site.kind)
+        if pre is not None:
+            paths |= {"pre": f"{pre}.weight", "shift": f"{pre}.bias"}
+        if post is not None:
+            paths |= {"post": f"{post}.weight"}
+        found: dict[str, Header | None] = {}
+        for role, path in paths.items():
+            key = self._find(path.format(L=site.layer))
+            name = path.format(L=site.layer) if key is None else key
+            found[f"{role}:{name}"] = None if key is None else self._tensors.headers[key]
+        return found
+
+    def layout(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the blocks' tensors by key, without the base model's prefix; no buffers."""
+        blocks = bare(self.shape.table.blocks, self.shape.table) + "."
+        named = {
+            bare(key, self.shape.table): size for key, (size, _) in self._tensors.headers.items()
+        }
+        return {k: s for k, s in named.items() if k.startswith(blocks) and not k.endswith(BUFFERS)}
 
     def _find(self, key: str) -> str | None:
         """The key on disk, with or without the base model's prefix."""
@@ -219,12 +252,9 @@ class CheckpointSource(_BySite):
     def extras(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that are no site's matrix (gains, biases, positions), float32, by module name."""
         owned = {self._key(site) for site in self.sites()}
-        prefixes = [p for p in self.shape.table.prefixes if p]
         for key in sorted(self._tensors.where):
-            if key in owned or key.endswith(_BUFFERS):
-                continue
-            prefix = next((p for p in prefixes if key.startswith(p)), "")
-            yield key.removeprefix(prefix), self._finite(key)
+            if key not in owned and not key.endswith(BUFFERS):
+                yield bare(key, self.shape.table), self._finite(key)
 
 
 @dataclass(eq=False)
@@ -248,16 +278,21 @@ class ModuleSource(_BySite):
         return refuse_non_finite(self.lens.weight(site), str(site), self.name)
 
     def bias(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
-        return self.lens.bias(site)
+        return self._finite("bias", site)
 
     def read_gain(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
-        return self.lens.read_gain(site)
+        return self._finite("read_gain", site)
 
     def read_shift(self, site: Site | str) -> Float[Tensor, " d_in"] | None:
-        return self.lens.read_shift(site)
+        return self._finite("read_shift", site)
 
     def write_gain(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
-        return self.lens.write_gain(site)
+        return self._finite("write_gain", site)
+
+    def _finite(self, what: str, site: Site | str) -> Tensor | None:
+        found: Tensor | None = getattr(self.lens, what)(site)
+        name = f"{site} {what.replace('_', ' ')}"
+        return None if found is None else refuse_non_finite(found, name, self.name)
 
 
 @dataclass(eq=False)
@@ -359,3 +394,6 @@ def agree(before: WeightSource, after: WeightSource) -> None:
                 expected="the same architecture, layer count, widths and vocabulary",
                 remedy="Compare stages of one training run; a resized vocabulary must be cut back.",
             )
+    held = [getattr(getattr(s, "base", s), "layout", None) for s in (before, after)]
+    if held[0] is not None and held[1] is not None:
+        agree_layouts(held[0](), held[1](), f"{before.name} and {after.name}")
