@@ -29,15 +29,10 @@ from mi_weightspace.models.lineage import (
     stage_names,
 )
 from mi_weightspace.models.load import load
-from mi_weightspace.models.weights import WeightSource
 from mi_weightspace.spectral.project import project as project_components
 from mi_weightspace.spectral.realised import weighted_table
 from mi_weightspace.spectral.svd import SvdReport
 from mi_weightspace.spectral.svd import svd as decompose_sources
-
-BYTES_PER_ENTRY = 20
-"""Peak of one worker per entry of its largest matrix: two float32 copies, the difference, its
-sign-flipped copy, and the Krylov basis."""
 
 
 def with_command(report: Report, command: str, args: Mapping[str, Any]) -> Any:
@@ -194,7 +189,8 @@ def svd(
         sites,
         rank,
         seed=seed,
-        jobs=affordable(differences[0], sites, jobs, memory_limit),
+        jobs=jobs,
+        memory_limit=memory_limit,
         shard=shard,
         journal=journal,
         progress=progress,
@@ -202,31 +198,6 @@ def svd(
     if activations is None:
         return report
     return with_weighted(report, lineage, activations, sites, rank, seed, progress)
-
-
-def affordable(
-    source: WeightSource, sites: str | None, jobs: int, memory_limit: float | None
-) -> int:
-    """As many workers as the memory limit allows.
-
-    Raises:
-        ConfigError: a limit below one worker's need.
-    """
-    if memory_limit is None:
-        return jobs
-    largest = max(
-        source.sites("blocks.*" if sites is None else sites), key=lambda s: s.d_out * s.d_in
-    )
-    need = BYTES_PER_ENTRY * largest.d_out * largest.d_in / 1e9
-    fit = int(memory_limit / need)
-    if fit < 1:
-        raise ConfigError(
-            "--memory-limit",
-            given=f"{memory_limit:g} GB",
-            expected=f"at least {need:.2g} GB, for {largest.name} ({largest.d_out}×{largest.d_in})",
-            remedy="Raise the limit, or leave large matrices out with --sites.",
-        )
-    return min(jobs, fit)
 
 
 def with_weighted(

@@ -92,7 +92,9 @@ def _grid(tensor: Tensor) -> torch.dtype:
 
 
 def _on(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+    rows = max(1, _SAMPLE // max(1, tensor.shape[1]))  # a whole copy may not fit
+    parts = (tensor[i : i + rows] for i in range(0, tensor.shape[0], rows))
+    return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in parts)
 
 
 def dither_energy(ratio: Float[Tensor, ...]) -> Float[Tensor, ...]:
@@ -201,14 +203,22 @@ def flip_signs(matrix: Float[Tensor, "m n"], *, seed: int, name: str) -> None:
     Sign bits are flipped on the integer view; the values of the entries, and with them every norm
     of rows and columns, stay.
     """
-    integer = {4: torch.int32, 2: torch.int16}[matrix.element_size()]
-    bits = matrix.view(integer)
-    top = -(2 ** (8 * matrix.element_size() - 1))
     draw = numpy_generator(seed, "signs", name)
-    rows = max(1, 2**18 // matrix.shape[1])
+    rows = sign_rows(matrix.shape[1])
     for start in range(0, matrix.shape[0], rows):
-        part = bits[start : start + rows]
-        part ^= _random_bits(draw, part.shape).to(integer) * top
+        flip_rows(matrix[start : start + rows], draw)
+
+
+def sign_rows(n: int) -> int:
+    """Rows whose signs are drawn at a time, for matrices of n columns."""
+    return max(1, 2**18 // max(1, n))
+
+
+def flip_rows(rows: Float[Tensor, "r n"], draw: np.random.Generator) -> None:
+    """Signs of the next `sign_rows` rows of a matrix, in place."""
+    integer = {4: torch.int32, 2: torch.int16}[rows.element_size()]
+    bits = rows.view(integer)
+    bits ^= _random_bits(draw, bits.shape).to(integer) * -(2 ** (8 * rows.element_size() - 1))
 
 
 def _random_bits(draw: np.random.Generator, shape: torch.Size) -> Int[Tensor, "m n"]:

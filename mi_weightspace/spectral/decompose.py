@@ -7,7 +7,7 @@ accepted: a checkpoint itself is decomposed the same way.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.site import Side, Site
 from mi_weightspace.models.rounding import RoundingFacts, edge_spread, flip_signs, judge, l1_size
 from mi_weightspace.models.weights import Difference, Factors, WeightSource
-from mi_weightspace.spectral.form import Formed, form
+from mi_weightspace.spectral.blocks import Blocks, block_rows
+from mi_weightspace.spectral.form import Formed, form, stored_dtype
 from mi_weightspace.spectral.krylov import (
     Dense,
     Triplets,
     blocks_of,
+    gflop_done,
     leading_triplets,
     top_value,
 )
@@ -33,7 +35,7 @@ UNRESOLVED_ANGLE = 0.2
 BASE_VECTORS = 4
 EDGE_MARGIN = 4.0
 """Tracy-Widom standard deviations between s₁ and the edge; pure noise exceeds it in 1 of 400."""
-_CHUNK = 2**22
+_CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,16 @@ class SvdSettings:
         seed: of the sketches and the sign flips.
         fold_gains: decompose as the stream sees the matrix.
         compare_base: also find the earlier matrix's own leading vectors (doubles the cost).
+        memory_limit: bytes of private memory a worker may reach, 0 for no limit; a matrix that
+            would exceed it is formed in blocks of rows at every product. No part of the cache key:
+            the answer is the same to rounding.
     """
 
     rank: int = 16
     seed: int = 0
     fold_gains: bool = True
     compare_base: bool = True
+    memory_limit: int = field(default=0, repr=False, compare=False)
 
 
 def stream_side(site: Site) -> Side:
@@ -65,12 +71,22 @@ def folded(
 
     Gains that are all ones are left out, so that the storage precision stays.
     """
-    read, write = source.read_gain(site), source.write_gain(site)
-    if read is not None and not bool((read == 1).all()):
-        matrix = matrix.float() * read.float()
-    if write is not None and not bool((write == 1).all()):
-        matrix = write.float()[:, None] * matrix.float()
+    read, write = _gains(source, site)
+    if read is None and write is None:
+        return matrix
+    matrix = matrix.to(torch.float32, copy=True)
+    if read is not None:
+        matrix.mul_(read)
+    if write is not None:
+        matrix.mul_(write[:, None])
     return matrix
+
+
+def _gains(source: WeightSource, site: Site) -> tuple[Tensor | None, Tensor | None]:
+    """Norm gains on both sides, float32; None for ones."""
+    found = (source.read_gain(site), source.write_gain(site))
+    read, write = (None if g is None or bool((g == 1).all()) else g.float() for g in found)
+    return read, write
 
 
 def factored_svd(factors: Factors, rank: int) -> Triplets:
@@ -91,30 +107,27 @@ def factored_svd(factors: Factors, rank: int) -> Triplets:
     )
 
 
+def factored_norm(factors: Factors) -> float:
+    """``‖B A‖_F`` by the trace of ``(BᵀB)(A Aᵀ)``, float64."""
+    b, a = (f.double() for f in factors)
+    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+
 def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Components:
     """The components of one matrix, with its facts (the columns of the svd table)."""
     factors = source.factors(site)
     if factors is not None:
         return _from_factors(source, site, factors, settings)
-    if isinstance(source, Difference):
-        before, after = source.before.stored(site), source.after.stored(site)
-        formed = form(before, after, reuse=True)
-        _refuse_non_finite(source, site, formed)
-    else:
-        before, after = None, source.weight(site)
-        formed = form(torch.zeros_like(after), after, reuse=True)
+    begun = gflop_done()
+    before, after = _sides(source, site)
+    formed, matrix = _formed(source, site, before, after, settings)
     if formed.fro == 0:
         return _empty(source, site)
     side = stream_side(site)
-    matrix = folded(formed.matrix, source, site) if settings.fold_gains else formed.matrix
     triplets = leading_triplets(
         matrix, settings.rank, generator=generator(settings.seed, "svd", site.name), side=side
     )
-    # signs are flipped in place and back: a second matrix of this size costs more than both
-    flip_signs(matrix, seed=settings.seed, name=site.name)
-    draw = generator(settings.seed, "null edge", site.name)
-    edge = top_value(Dense(matrix, side), generator=draw)
-    flip_signs(matrix, seed=settings.seed, name=site.name)
+    edge = _null_edge(matrix, side, site, settings)
     rounding = None
     if before is not None and after.dtype.is_floating_point:
         rounding = judge(
@@ -129,7 +142,47 @@ def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Compon
     facts = _facts(formed, triplets, rounding, edge, matrix)
     if before is not None and settings.compare_base:
         facts |= _against_base(before, triplets, side, site, settings)
+    facts["gflop"] = gflop_done() - begun
     return _components(source, site, triplets, facts, side, settings.fold_gains)
+
+
+def _sides(source: WeightSource, site: Site) -> tuple[Tensor | None, Tensor]:
+    """(before, after) as stored; before is None for a checkpoint by itself."""
+    if isinstance(source, Difference):
+        return source.before.stored(site), source.after.stored(site)
+    return None, source.weight(site)
+
+
+def _formed(
+    source: WeightSource, site: Site, before: Tensor | None, after: Tensor, settings: SvdSettings
+) -> tuple[Formed, Tensor | Blocks]:
+    """Entry statistics, and the matrix to decompose: in memory where it fits."""
+    old = after.new_zeros(()).expand(after.shape) if before is None else before
+    gains = _gains(source, site) if settings.fold_gains else (None, None)
+    rows = None
+    if settings.memory_limit:
+        itemsize = stored_dtype(old, after).itemsize + (0 if gains == (None, None) else 4)
+        rows = block_rows(
+            (site.d_out, site.d_in), itemsize, settings.memory_limit, f"matrix {site.name}"
+        )
+    formed = form(old, after, reuse=True, keep=rows is None)
+    if isinstance(source, Difference):
+        _refuse_non_finite(source, site, formed)
+    if rows is not None:
+        return formed, Blocks(before, after, rows, *gains)
+    return formed, folded(formed.matrix, source, site) if settings.fold_gains else formed.matrix
+
+
+def _null_edge(matrix: Tensor | Blocks, side: Side, site: Site, settings: SvdSettings) -> float:
+    """s₁ with a random sign on every entry."""
+    draw = generator(settings.seed, "null edge", site.name)
+    if isinstance(matrix, Blocks):
+        return top_value(Dense(matrix.flipped(settings.seed, site.name), side), generator=draw)
+    # signs are flipped in place and back: a second matrix of this size costs more than both
+    flip_signs(matrix, seed=settings.seed, name=site.name)
+    edge = top_value(Dense(matrix, side), generator=draw)
+    flip_signs(matrix, seed=settings.seed, name=site.name)
+    return edge
 
 
 def _refuse_non_finite(source: Difference, site: Site, formed: Formed) -> None:
@@ -144,11 +197,11 @@ def _facts(
     triplets: Triplets,
     rounding: RoundingFacts | None,
     edge: float,
-    matrix: Float[Tensor, "d_out d_in"],
+    matrix: Float[Tensor, "d_out d_in"] | Blocks,
 ) -> dict[str, Any]:
     m, n = matrix.shape
     top = float(triplets.scale[0])
-    fro = math.sqrt(float(matrix.double().square().sum())) if m * n < 2**20 else _norm(matrix)
+    fro = matrix.fro() if isinstance(matrix, Blocks) else norm(matrix)
     noise = edge / (math.sqrt(m) + math.sqrt(n))
     block = blocks_of(triplets.scale, noise)
     size = block.count(0)
@@ -183,11 +236,14 @@ def clears(top: float, edge: float, m: int, n: int) -> bool:
     return top > edge * (1 + EDGE_MARGIN * edge_spread(m, n))
 
 
-def _norm(matrix: Tensor) -> float:
-    rows = max(1, _CHUNK // matrix.shape[1])
-    parts = (matrix[i : i + rows].float().square().sum(dtype=torch.float64)
-             for i in range(0, matrix.shape[0], rows))  # fmt: skip
-    return math.sqrt(float(sum(parts)))
+def norm(matrix: Float[Tensor, "d_out d_in"]) -> float:
+    """Frobenius norm without a copy of a large matrix; float64 across chunks of rows."""
+    m, n = matrix.shape
+    if m * n < 2**20:
+        return float(matrix.double().norm())
+    rows = max(1, _CHUNK // n)
+    parts = (float(matrix[i : i + rows].float().norm()) for i in range(0, m, rows))
+    return math.sqrt(sum(part**2 for part in parts))
 
 
 def _participation(squares: Tensor | None) -> float:
@@ -226,8 +282,13 @@ def _from_factors(
     squares = triplets.spectrum
     assert squares is not None
     squares = squares.square()
-    raw = float(factored_svd(factors, 1).spectrum.norm())  # pyright: ignore[reportOptionalMemberAccess]
-    before_fro = float(base.weight(site).double().norm()) if base is not None else math.nan
+    raw = factored_norm(factors)
+    # the adapter's parts take milliseconds; the base matrix is read only where it is compared
+    before_fro = math.nan
+    if base is not None and settings.compare_base:
+        before_fro = norm(base.stored(site))
+        if not math.isfinite(before_fro):
+            base.weight(site)  # refuses, naming the tensor
     block = blocks_of(triplets.scale)
     certificate = triplets.certificate(0, block.count(0) - 1)
     facts = {

@@ -81,6 +81,13 @@ def run_sites(
     return [read(paths[k], keys[k][1]) for k in sorted(own)]
 
 
+def effective_jobs(jobs: int) -> int:
+    """Workers that joblib would start (−1: one a processor)."""
+    from joblib import effective_n_jobs
+
+    return max(1, int(effective_n_jobs(jobs)))
+
+
 def file_key(job: Job, source: WeightSource, site: Site, settings: object) -> str:
     """40 hex digits over what decides the result."""
     parts = [
@@ -230,11 +237,24 @@ def _run(
     progress: bool,
 ) -> Iterator[tuple[int, Components]]:
     """Results as they finish (those that went into files come back without vectors)."""
-    from rich.progress import track
+    from mi_weightspace.spectral.progress import sweep_progress
 
+    sizes = {k: bytes_of(source, site) for k, (source, site), _ in tasks}
     label = getattr(job, "__name__", "sweep")
-    results = _results(job, tasks, settings, n_jobs)
-    yield from track(results, label, total=len(tasks), disable=not progress, transient=True)
+    with sweep_progress(label, len(tasks), sum(sizes.values()), shown=progress) as step:
+        for k, parts in _results(job, tasks, settings, n_jobs):
+            yield k, parts
+            gflop = parts.facts.get("gflop", 0.0)
+            step(sizes[k], gflop if isinstance(gflop, float) else 0.0)
+
+
+def bytes_of(source: WeightSource, site: Site) -> int:
+    """Bytes of a matrix in storage, of both sides of a difference; 4 an entry in memory."""
+    if isinstance(source, Difference):
+        return bytes_of(source.before, site) + bytes_of(source.after, site)
+    if isinstance(source, CheckpointSource):
+        return source.stored(site).nbytes
+    return 4 * site.d_out * site.d_in
 
 
 def _results(

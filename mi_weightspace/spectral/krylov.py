@@ -13,6 +13,7 @@ is a bound to first order. Products may run in bfloat16; all orthogonalisation i
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_weightspace.core.site import Side
+from mi_weightspace.spectral.blocks import Blocks
 
 EXACT_SIDE = 64
 """A matrix whose shorter side is at most this is decomposed exactly, in float64."""
@@ -39,6 +41,21 @@ BFLOAT16_REACH = 0.02
 """Singular values below this share of s₁ drown in the rounding of bfloat16 products."""
 _FAST_SIZE = 2**20
 _CHUNK = 2**20
+_COLUMNS = 2**11
+
+
+class _Work(threading.local):
+    """Products of this thread so far."""
+
+    gflop = 0.0
+
+
+_WORK = _Work()
+
+
+def gflop_done() -> float:
+    """GFLOP of this thread's products with `Dense` matrices so far."""
+    return _WORK.gflop
 
 
 class Operator(Protocol):
@@ -57,13 +74,13 @@ class Dense:
     """A stored matrix (float32 or bfloat16) seen from one side.
 
     Attributes:
-        matrix: (d_out, d_in).
+        matrix: (d_out, d_in), in memory or formed in blocks as it is read.
         side: ``write``: left vectors are output-side; ``read``: the transpose is decomposed. Both
             use the two fast product forms ``D X`` and ``Yᵀ D``; no transposed view is multiplied.
         precise: products in float32 whatever the storage, a chunk of rows at a time.
     """
 
-    matrix: Float[Tensor, "d_out d_in"]
+    matrix: Float[Tensor, "d_out d_in"] | Blocks
     side: Side = "write"
     precise: bool = False
 
@@ -73,27 +90,46 @@ class Dense:
         return (rows, columns) if self.side == "write" else (columns, rows)
 
     def times(self, x: Float[Tensor, "n b"]) -> Float[Tensor, "m b"]:
+        _WORK.gflop += self._gflop(x.shape[1])
         return self._right(x) if self.side == "write" else self._left(x.T.contiguous()).T
 
     def left_times(self, y: Float[Tensor, "b m"]) -> Float[Tensor, "b n"]:
+        _WORK.gflop += self._gflop(y.shape[0])
         return self._left(y) if self.side == "write" else self._right(y.T).T
+
+    def _gflop(self, width: int) -> float:
+        return 2e-9 * self.matrix.numel() * width
 
     def _right(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        if self.precise and self.matrix.dtype != torch.float32:
-            return torch.cat([chunk.float() @ x for _, chunk in self._chunks()])
-        return (self.matrix @ x.to(self.matrix.dtype)).float()
+        if isinstance(self.matrix, Tensor) and not self._widened:
+            return (self.matrix @ x.to(self.matrix.dtype)).float()
+        dtype = self._working
+        x = x.to(dtype)
+        return torch.cat([(chunk.to(dtype) @ x).float() for _, chunk in self._chunks()])
 
     def _left(self, y: Tensor) -> Tensor:
         y = y.contiguous()
-        if self.precise and self.matrix.dtype != torch.float32:
-            total = torch.zeros(y.shape[0], self.matrix.shape[1])
-            for start, chunk in self._chunks():
-                total.addmm_(y[:, start : start + chunk.shape[0]], chunk.float())
-            return total
-        return (y.to(self.matrix.dtype) @ self.matrix).float()
+        if isinstance(self.matrix, Tensor) and not self._widened:
+            return (y.to(self.matrix.dtype) @ self.matrix).float()
+        dtype = self._working
+        total = torch.zeros(y.shape[0], self.matrix.shape[1])
+        for start, chunk in self._chunks():
+            total += y[:, start : start + chunk.shape[0]].to(dtype) @ chunk.to(dtype)
+        return total
+
+    @property
+    def _widened(self) -> bool:
+        return self.precise and self.matrix.dtype != torch.float32
+
+    @property
+    def _working(self) -> torch.dtype:
+        return torch.float32 if self.precise else self.matrix.dtype
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        if isinstance(self.matrix, Blocks):
+            yield from self.matrix
+            return
         rows = max(1, _CHUNK // self.matrix.shape[1])
         for start in range(0, self.matrix.shape[0], rows):
             yield start, self.matrix[start : start + rows]
@@ -155,7 +191,7 @@ def is_small(m: int, n: int) -> bool:
 
 
 def leading_triplets(
-    matrix: Float[Tensor, "d_out d_in"],
+    matrix: Float[Tensor, "d_out d_in"] | Blocks,
     rank: int,
     *,
     generator: torch.Generator,
@@ -167,6 +203,7 @@ def leading_triplets(
     A bfloat16 matrix is multiplied in bfloat16 unless its spectrum is too steep for that.
     """
     if is_small(*matrix.shape):
+        matrix = matrix if isinstance(matrix, Tensor) else matrix.whole()
         return exact_svd(matrix if side == "write" else matrix.T, rank)
     state = generator.get_state()
     precise = Dense(matrix, side, precise=True)
@@ -229,7 +266,7 @@ def block_krylov(
         before, turned_from = values, vectors
         rows_new = operator.left_times(new.T.contiguous())
         rows = torch.cat([rows, rows_new])
-        gram = _extend(gram, rows, rows_new)
+        gram = _extend(gram, rows)
         values, vectors = _ritz(gram)
         new, factor = orthonormalise(operator.times(rows_new.T), basis)
         last = vectors[-rows_new.shape[0] :]
@@ -293,11 +330,14 @@ def _qr(y: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     return q[:, keep].float(), factor[keep]
 
 
-def _extend(gram: Tensor, rows: Tensor, rows_new: Tensor) -> Tensor:
-    """The float64 Gram of all rows, given that of all but the new ones."""
-    side = rows_new.double() @ rows.double().T
-    old = gram.shape[0]
-    full = torch.empty(rows.shape[0], rows.shape[0], dtype=torch.float64)
+def _extend(gram: Float[Tensor, "l l"], rows: Float[Tensor, "k n"]) -> Float[Tensor, "k k"]:
+    """The Gram of all rows in float64, given that of the first ``len(gram)``."""
+    old, k = gram.shape[0], rows.shape[0]
+    side = torch.zeros(k - old, k, dtype=torch.float64)
+    for start in range(0, rows.shape[1], _COLUMNS):  # a float64 copy of all costs fresh memory
+        part = rows[:, start : start + _COLUMNS].double()
+        side.addmm_(part[old:], part.T)
+    full = torch.empty(k, k, dtype=torch.float64)
     full[:old, :old], full[old:], full[:old, old:] = gram, side, side[:, :old].T
     return full
 
@@ -360,7 +400,7 @@ def polish(operator: Operator, found: Triplets) -> Triplets:
         return found
     left, _ = orthonormalise(operator.times(found.right.T), None)
     rows = operator.left_times(left.T.contiguous())
-    values, vectors = _ritz(_extend(torch.zeros(0, 0, dtype=torch.float64), rows, rows))
+    values, vectors = _ritz(_extend(torch.zeros(0, 0, dtype=torch.float64), rows))
     top = vectors.float()
     return replace(
         found,
@@ -404,7 +444,7 @@ def blocks_of(scale: Float[Tensor, " k"], noise: float = 0.0) -> list[int]:
 
 
 @contextmanager
-def fast_float32(matrix: Tensor) -> Iterator[None]:
+def fast_float32(matrix: Tensor | Blocks) -> Iterator[None]:
     """Send large float32 products to oneDNN within the context, where that stays float32.
 
     On processors without bfloat16 tiles oneDNN runs a true float32 kernel, 2.5-4 times faster for

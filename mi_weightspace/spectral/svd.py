@@ -28,8 +28,9 @@ from mi_weightspace.core.report import Report
 from mi_weightspace.core.verdict import Verdict, Word
 from mi_weightspace.models.grammar import ModelShape, sites_of
 from mi_weightspace.models.weights import Difference, WeightSource
+from mi_weightspace.spectral.blocks import workers_within
 from mi_weightspace.spectral.decompose import SvdSettings, decompose, stage_of
-from mi_weightspace.spectral.journal import run_sites
+from mi_weightspace.spectral.journal import effective_jobs, run_sites
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -122,6 +123,7 @@ def svd(
     jobs: int = 1,
     shard: tuple[int, int] = (0, 1),
     journal: str | Path | None = None,
+    memory_limit: float | None = None,
     progress: bool = True,
 ) -> SvdReport:
     """Leading singular triplets of every matrix of a difference (or of a checkpoint).
@@ -134,6 +136,10 @@ def svd(
         compare_base: compare u₁ with the earlier matrix's own leading vectors.
         jobs, shard, journal: processes; ``(i, n)``: do every n-th matrix only; a folder in which
             finished matrices are kept, so that an interrupted sweep resumes.
+        memory_limit: GB of private memory (pages of the checkpoints' files do not count) that all
+            workers together may take. Fewer workers run where it does not suffice for all, and a
+            matrix beyond one worker's share is formed in blocks of rows in every pass: the same
+            answer to rounding, slower.
 
     Raises:
         ConfigError: a rank below 1. SiteError: no matrix matches. CheckpointError: NaN or
@@ -151,8 +157,11 @@ def svd(
             remedy="Give each Difference a stage= of its own.",
         )
     start = time.perf_counter()
-    settings = SvdSettings(rank, seed, fold_gains, compare_base)
     chosen = sources[0].sites("blocks.*" if sites is None else sites)
+    share = 0
+    if memory_limit is not None:
+        jobs, share = workers_within(1e9 * memory_limit, effective_jobs(jobs), chosen)
+    settings = SvdSettings(rank, seed, fold_gains, compare_base, share)
     keys = [(s, site) for s in sources for site in chosen]
     found = run_sites(
         decompose, keys, settings, n_jobs=jobs, shard=shard, folder=journal, progress=progress
@@ -223,6 +232,8 @@ def report_of(
     )
 
 
+CONVERGED = 0.02
+"""``‖D Dᵀu − s²u‖ / s²`` up to which a triplet counts as found: s is then right within 1 %."""
 _SHARED = (
     "fro", "rel_fro", "rounding_floor", "rounding_flag", "changed_fraction", "spectral",
     "stable_rank", "null_edge", "certificate", "resolved", "subspace_k",
@@ -241,7 +252,7 @@ def _component_rows(
 ) -> list[dict[str, Any]]:
     if len(parts) == 0:
         empty = {"component": 0, "singular_value": 0.0, "energy": 0.0, "residual": 0.0}
-        return [shared | empty | {"above_floor": False}]
+        return [shared | empty | {"converged": True, "above_floor": False}]
     total = float(parts.facts["folded_fro"] or 0.0) ** 2  # pyright: ignore[reportArgumentType]
     floor = float(parts.facts["rounding_floor"] or 0.0)  # pyright: ignore[reportArgumentType]
     return [
@@ -251,6 +262,7 @@ def _component_rows(
             "singular_value": value,
             "energy": value**2 / total,
             "residual": residual[k],
+            "converged": residual[k] <= CONVERGED,
             "above_floor": value > floor,
         }
         for k, value in enumerate(parts.scale.tolist())
