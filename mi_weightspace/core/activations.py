@@ -50,13 +50,10 @@ class PairedActivations:
                         expected=f"({len(contrast)} pairs, 2, width)",
                         remedy="Give one positive and one negative row for each pair.",
                     )
-                if not torch.isfinite(value).all():
-                    raise PromptError(
-                        f"activations of contrast {contrast.name!r} at {point}",
-                        given="NaN or infinite values",
-                        expected="finite activations",
-                        remedy="Run the model in float32, or look for a damaged checkpoint.",
-                    )
+                _check_finite(value, f"activations of contrast {contrast.name!r} at {point}")
+        for what in ("site_shift", "site_mean"):
+            for site, value in getattr(self, what).items():
+                _check_finite(value, f"{what.replace('_', ' ')} of {site}")
 
     def at(self, contrast: str, point: str | Space) -> Float[Tensor, "n 2 d"]:
         return self.values[contrast, Space.parse(point).canonical.name]
@@ -86,4 +83,14 @@ class PairedActivations:
             self,
             contrasts=contrasts,
             site_shift={site: shift[rows] for site, shift in self.site_shift.items()},
+        )
+
+
+def _check_finite(value: Tensor, subject: str) -> None:
+    if not torch.isfinite(value).all():
+        raise PromptError(
+            subject,
+            given="NaN or infinite values",
+            expected="finite activations",
+            remedy="Run the model in float32, or look for a damaged checkpoint.",
         )

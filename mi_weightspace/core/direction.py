@@ -8,6 +8,7 @@ regression weight vector is never compared with a singular vector.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -72,10 +73,31 @@ class Direction:
                     expected=f"the pattern's width {self.width}",
                     remedy="Fit both on the same activations.",
                 )
-        for name in ("control_patterns", "control_filters", "pcs"):
-            rows = getattr(self, name)
-            if rows is not None:
-                assert rows.ndim == 2 and rows.shape[1] == self.width, (name, rows.shape)
+        for name in ("control_patterns", "control_filters", "pcs", "mean", "variance"):
+            value = getattr(self, name)
+            if value is not None:
+                self._check_part(name, value)
+        if not math.isfinite(self.scale):
+            raise DirectionError(
+                f"direction {self.label!r}, scale",
+                given=str(self.scale),
+                expected="a finite number",
+                remedy="Check the fit: the activations may overflow.",
+            )
+
+    def _check_part(self, name: str, value: Tensor) -> None:
+        """Moments, principal directions and controls: of the pattern's width, and finite."""
+        n_axes = 1 if name in ("mean", "variance") else 2
+        fits = value.ndim == n_axes and value.shape[-1] == self.width
+        if not fits or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise DirectionError(
+                f"direction {self.label!r}, {name}",
+                given="values that are not finite"
+                if fits and value.is_floating_point()
+                else f"shape {tuple(value.shape)}, {value.dtype}",
+                expected=f"finite numbers, {n_axes}-D, of the pattern's width {self.width}",
+                remedy="Fit the direction again on finite activations.",
+            )
 
     @property
     def width(self) -> int:

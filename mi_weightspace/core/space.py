@@ -78,7 +78,7 @@ class Space:
         """Read ``resid_post.5`` or TransformerLens's ``blocks.5.hook_resid_post``."""
         if isinstance(name, Space):
             return name
-        hook = re.fullmatch(r"blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_(\w+)", name)
+        hook = re.fullmatch(r"blocks\.([0-9]{1,6})\.(?:attn\.|mlp\.)?hook_(\w+)", name)
         if hook is not None:
             aliases = {
                 "z": "attn_z",
@@ -90,4 +90,4 @@ class Space:
             point = aliases.get(hook[2], hook[2])
             return cls(point, int(hook[1]))  # pyright: ignore[reportArgumentType]
         point, _, layer = name.partition(".")
-        return cls(point, int(layer) if layer.isdigit() else None)  # pyright: ignore[reportArgumentType]
+        return cls(point, int(layer) if re.fullmatch("[0-9]{1,6}", layer) else None)  # pyright: ignore[reportArgumentType]
