@@ -6,7 +6,7 @@ OUT ?= runs/demo
 SEED ?= 0
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench notebooks clean
+.PHONY: demo test check bench notebooks docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mi-weightspace needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -36,10 +36,18 @@ bench: $(STAMP)
 notebooks: $(STAMP)
 	mkdir -p notebooks
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3
-	for name in walkthrough inoculation_walkthrough; do \
+	for name in walkthrough inoculation_walkthrough vpd_walkthrough sweep_walkthrough; do \
 		$(BIN)/jupytext --to ipynb --set-kernel python3 --output notebooks/$$name.ipynb experiments/$$name.py && \
 		PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace notebooks/$$name.ipynb || exit 1; \
 	done
 
+# Offline once installed: runs every block and notebook, builds build/docs, then looks at what was built.
+docs: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3
+	PYTHONWARNINGS=ignore NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	$(BIN)/python -m pytest tests/docs -k 'not blocks_run'  # the build has run them
+	$(BIN)/python docs/sitetools/check_site.py build/docs
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build .cache/docs *.egg-info

@@ -1,0 +1,1 @@
+"""How the site is built: equations, executed blocks, executed notebooks, generated pages."""
