@@ -6,6 +6,7 @@ library sees it; what the library then refuses is told with the file's name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,14 @@ _SIZES = (
     "max_position_embeddings", "n_positions", "rotary_dim",
 )  # fmt: skip
 _MAY_BE_NULL = {"num_key_value_heads", "head_dim", "n_inner", "rotary_dim"}
+SETTINGS = (
+    "hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps",
+    "layer_norm_epsilon", "rope_theta", "rope_parameters", "rope_scaling", "rotary_pct",
+    "rotary_dim", "partial_rotary_factor", "sliding_window", "layer_types",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+    "scale_attn_weights", "tie_word_embeddings",
+)  # fmt: skip
+"""What decides the function of a model and is in no tensor."""
 _FLAGS = ("tie_word_embeddings", "use_parallel_residual", "attention_bias", "mlp_bias")
 
 
@@ -62,6 +71,11 @@ def check_size(key: str, value: Any, where: str) -> None:
     most = MOST_LAYERS if key in {"num_hidden_layers", "n_layer", "n_layers"} else MOST
     if type(value) is not int or not 1 <= value <= most:
         raise refusal(where, key, value, f"a whole number from 1 to {most:,}")
+
+
+def settings_of(fields: Mapping[str, Any]) -> dict[str, str]:
+    """`SETTINGS` that a ``config.json`` has, each as JSON text."""
+    return {k: json.dumps(fields[k], sort_keys=True) for k in SETTINGS if k in fields}
 
 
 def refusal(where: str, key: str, value: Any, expected: str) -> CheckpointError:

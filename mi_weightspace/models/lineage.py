@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from mi_weightspace.core.errors import MismatchError
 from mi_weightspace.core.report import Report
 from mi_weightspace.core.verdict import Verdict, Word
 from mi_weightspace.models.checkpoint import read_json
+from mi_weightspace.models.config_file import SETTINGS
 from mi_weightspace.models.lens import Backend, Lens
 from mi_weightspace.models.load import load
 from mi_weightspace.models.sources import open_path
@@ -162,8 +164,12 @@ def load_lineage(
 
 
 def reservations_of(sources: Mapping[str, WeightSource]) -> tuple[str, ...]:
-    """What the stages differ in without being refused: storage precision, tokenizer."""
+    """What the stages differ in without being refused: precision, tokenizer, settings.
+
+    Settings (activation, norm epsilon, rotary base, …) are compared where both folders say them.
+    """
     facts = {"storage precision": dtype_of, "tokenizer": tokenizer_hash}
+    facts |= {key: partial(setting, key) for key in SETTINGS}
     found: list[str] = []
     for what, read in facts.items():
         values = {name: read(source) for name, source in sources.items()}
@@ -171,6 +177,12 @@ def reservations_of(sources: Mapping[str, WeightSource]) -> tuple[str, ...]:
             listed = ", ".join(f"{name} {value or 'unknown'}" for name, value in values.items())
             found.append(f"The stages differ in {what}: {listed}.")
     return tuple(found)
+
+
+def setting(key: str, source: WeightSource) -> str:
+    """One setting of a source's config.json; empty where it has none."""
+    base = getattr(source, "base", source)
+    return getattr(base, "settings", {}).get(key, "")
 
 
 def check_stages(sources: Mapping[str, WeightSource]) -> CheckReport:

@@ -24,6 +24,7 @@ from mi_weightspace.models.checkpoint import (
     refuse_non_finite,
     resolve,
 )
+from mi_weightspace.models.config_file import settings_of
 from mi_weightspace.models.fingerprint import fingerprint
 from mi_weightspace.models.grammar import (
     ModelShape,
@@ -135,7 +136,9 @@ class CheckpointSource(_BySite):
     def __post_init__(self) -> None:
         self.path = resolve(self.model)
         self.name = str(self.model)
-        self.shape = shape_of(read_config(self.path), str(self.path / "config.json"))
+        config = read_config(self.path)
+        self.shape = shape_of(config, str(self.path / "config.json"))
+        self.settings = settings_of(config)
         self._tensors = TensorFolder.open(self.path)
         self._fingerprint: str | None = None
         # what is wrong shows at opening, not in the middle of a sweep
@@ -342,6 +345,8 @@ class Difference(_BySite):
         negative = (-before[0], before[1])
         if after is None:
             return negative
+        if all(map(torch.equal, before, after)):  # exactly nothing, not the rounding of B A − B A
+            return after[0][:, :0], after[1][:0]
         return torch.cat([after[0], negative[0]], 1), torch.cat([after[1], negative[1]], 0)
 
     def bias(self, site: Site | str) -> Float[Tensor, " d_out"] | None:
