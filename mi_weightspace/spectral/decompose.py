@@ -25,7 +25,7 @@ from mi_weightspace.spectral.krylov import (
     Dense,
     Triplets,
     blocks_of,
-    gflop_done,
+    flop_done,
     leading_triplets,
     top_value,
 )
@@ -118,7 +118,7 @@ def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Compon
     factors = source.factors(site)
     if factors is not None:
         return _from_factors(source, site, factors, settings)
-    begun = gflop_done()
+    begun = flop_done()
     before, after = _sides(source, site)
     formed, matrix = _formed(source, site, before, after, settings)
     if formed.fro == 0:
@@ -142,7 +142,7 @@ def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Compon
     facts = _facts(formed, triplets, rounding, edge, matrix)
     if before is not None and settings.compare_base:
         facts |= _against_base(before, triplets, side, site, settings)
-    facts["gflop"] = gflop_done() - begun
+    facts["gflop"] = (flop_done() - begun) / 1e9
     return _components(source, site, triplets, facts, side, settings.fold_gains)
 
 

@@ -45,17 +45,17 @@ _COLUMNS = 2**11
 
 
 class _Work(threading.local):
-    """Products of this thread so far."""
+    """Products of this thread so far; whole numbers, so that differences of counts are exact."""
 
-    gflop = 0.0
+    flop = 0
 
 
 _WORK = _Work()
 
 
-def gflop_done() -> float:
-    """GFLOP of this thread's products with `Dense` matrices so far."""
-    return _WORK.gflop
+def flop_done() -> int:
+    """Floating-point operations of this thread's products with `Dense` matrices so far."""
+    return _WORK.flop
 
 
 class Operator(Protocol):
@@ -90,15 +90,15 @@ class Dense:
         return (rows, columns) if self.side == "write" else (columns, rows)
 
     def times(self, x: Float[Tensor, "n b"]) -> Float[Tensor, "m b"]:
-        _WORK.gflop += self._gflop(x.shape[1])
+        _WORK.flop += self._flop(x.shape[1])
         return self._right(x) if self.side == "write" else self._left(x.T.contiguous()).T
 
     def left_times(self, y: Float[Tensor, "b m"]) -> Float[Tensor, "b n"]:
-        _WORK.gflop += self._gflop(y.shape[0])
+        _WORK.flop += self._flop(y.shape[0])
         return self._left(y) if self.side == "write" else self._right(y.T).T
 
-    def _gflop(self, width: int) -> float:
-        return 2e-9 * self.matrix.numel() * width
+    def _flop(self, width: int) -> int:
+        return 2 * self.matrix.numel() * width
 
     def _right(self, x: Tensor) -> Tensor:
         x = x.contiguous()

@@ -20,6 +20,7 @@ from mi_weightspace.spectral.krylov import (
     blocks_of,
     exact_svd,
     fast_float32,
+    flop_done,
     is_small,
     leading_triplets,
     orthonormalise,
@@ -366,3 +367,15 @@ def test_top_value_of_a_large_noise_matrix() -> None:
     truth: Any = svds(noise.double().numpy(), 1, v0=start, return_singular_vectors=False)
     got = top_value(Dense(noise), generator=generator(0, "top"))
     assert got == pytest.approx(float(truth[0]), rel=4e-3)
+
+
+def test_work_is_counted_without_rounding() -> None:
+    """The same products count the same, whatever this thread has done before."""
+    matrix = Dense(torch.ones(7, 11))
+    counts = []
+    for _ in range(50):
+        begun = flop_done()
+        matrix.times(torch.ones(11, 3))
+        matrix.left_times(torch.ones(2, 7))
+        counts.append(flop_done() - begun)
+    assert set(counts) == {2 * 7 * 11 * (3 + 2)}
