@@ -21,6 +21,9 @@ for (const place of document.querySelectorAll("div.figure")) {{
   const figure = JSON.parse(place.nextElementSibling.textContent);
   delete figure.layout.width;
   figure.layout.autosize = true;
+  for (const [name, axis] of Object.entries(figure.layout)) {{
+    if (/^[xy]axis/.test(name) && axis.tickangle === 0) delete axis.tickangle;  // or they touch
+  }}
   Plotly.newPlot(place, figure.data, figure.layout, {{responsive: true, displayModeBar: false}});
 }}
 </script>

@@ -17,7 +17,7 @@ DOES_NOT: dict[Word, str] = {
     Word.BELOW_FLOOR: "that training changed nothing: what it changed was lost in rounding",
     Word.NOT_SIGNIFICANT: "that nothing is there",
     Word.UNRESOLVED: "that there is no direction; a subspace may still be resolved",
-    Word.UNDERPOWERED: "no",
+    Word.UNDERPOWERED: "that the answer is no",
     Word.AXIS_SPECIFIC: "that training caused the shift, or that the model uses it",
     Word.NOT_AXIS_SPECIFIC: "that the behaviour is not represented",
     Word.LOAD_BEARING: "that nothing else carries the behaviour",

@@ -156,3 +156,20 @@ def test_the_look_at_the_site_sees_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(good)
     (tmp_path / "s.css").write_text("@import url(https://fonts.example/f.css);")
     assert len(check_site.problems(tmp_path)) == 1
+
+
+@pytest.mark.quick
+def test_docstrings_are_written_out_name_by_name() -> None:
+    pytest.importorskip("griffe")
+    from sitetools.docstrings import written_out
+
+    given = (
+        "What.\n\nArgs:\n    a, b: first\n        and second.\n    c: third.\n\n"
+        "Raises:\n    ConfigError: one. SiteError: two. CheckpointError: of\n    three.\n\nEnd: x."
+    )
+    assert written_out(given) == (
+        "What.\n\nArgs:\n    a: first\n        and second.\n    b: see `a`.\n    c: third.\n\n"
+        "Raises:\n    ConfigError: one.\n    SiteError: two.\n    CheckpointError: of three.\n\n"
+        "End: x."
+    )
+    assert written_out("a, b: no section") == "a, b: no section"
