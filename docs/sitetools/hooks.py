@@ -19,12 +19,15 @@ SCRIPT = """
 <script>
 for (const place of document.querySelectorAll("div.figure")) {{
   const figure = JSON.parse(place.nextElementSibling.textContent);
-  delete figure.layout.width;
-  figure.layout.autosize = true;
-  for (const [name, axis] of Object.entries(figure.layout)) {{
-    if (/^[xy]axis/.test(name) && axis.tickangle === 0) delete axis.tickangle;  // or they touch
-  }}
-  Plotly.newPlot(place, figure.data, figure.layout, {{responsive: true, displayModeBar: false}});
+  // drawn at the width it was made for, then shrunk to the column, or scrolled
+  const width = figure.layout.width || 900, height = figure.layout.height || 450;
+  const scale = Math.min(1, Math.max(0.7, place.parentElement.clientWidth / width));
+  Object.assign(place.style, {{
+    width: width + "px", transform: `scale(${{scale}})`, transformOrigin: "0 0",
+    marginBottom: (scale - 1) * height + "px", marginRight: (scale - 1) * width + "px",
+  }});
+  Object.assign(figure.layout, {{width, height}});
+  Plotly.newPlot(place, figure.data, figure.layout, {{displayModeBar: false}});
 }}
 </script>
 """
