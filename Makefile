@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 SEED ?= 0
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .PHONY: demo test check bench notebooks docs clean
 
@@ -41,10 +42,13 @@ notebooks: $(STAMP)
 		PYTHONWARNINGS=ignore $(BIN)/jupyter-execute --inplace notebooks/$$name.ipynb || exit 1; \
 	done
 
-# Offline once installed: runs every block and notebook, builds build/docs, then looks at what was built.
-docs: $(STAMP)
+$(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3
+	touch $@
+
+# Offline once installed: runs every block and notebook, builds build/docs, then looks at what was built.
+docs: $(DOCS_STAMP)
 	PYTHONWARNINGS=ignore NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	$(BIN)/python -m pytest tests/docs -k 'not blocks_run'  # the build has run them
 	$(BIN)/python docs/sitetools/check_site.py build/docs

@@ -29,6 +29,8 @@ def mathml(tex: str, display: str) -> Element:
         node.tag = node.tag.removeprefix(NAMESPACE)
         if "\\" in (node.text or ""):
             raise ValueError(f"equation {tex!r}: {node.text!r} is not known to the converter")
+        if node.tag == "mo" and node.text in ("|", "‖"):
+            node.attrib |= {"lspace": "0", "rspace": "0"}  # a fence, not a relation
     return root
 
 
