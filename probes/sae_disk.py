@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mi_weightspace.core.errors import CheckpointError
+from mi_weightspace.core.json_io import DamagedJson, parse_json, take
 from mi_weightspace.core.sae import Sae
 from mi_weightspace.core.sae_parts import RULES, Convention, SaeMetadata, needed
+from mi_weightspace.core.sealed_io import DamagedFile, file_hash, load_sealed
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+HASHES = "mi_weightspace_hashes.json"
+"""Beside the two files of a folder written here: their SHA-256. SAELens does not know it."""
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 _WHY_NOT = {
     "matching_pursuit": "its codes are chosen one latent at a time by an iteration over the input",
@@ -50,22 +53,64 @@ def read_folder(folder: str | Path) -> Sae:
                 expected=f"a folder with {CFG} and {WEIGHTS}",
                 remedy="Save the SAE with SAELens' save_inference_model, or give release:id.",
             )
-    tensors: dict[str, Tensor] = {}
+    _check_hashes(folder)
     try:
-        config = json.loads((folder / CFG).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = parse_json((folder / CFG).read_bytes(), unique=True)
+    except (DamagedJson, OSError) as error:
         raise _refusal(folder / CFG, given=f"no JSON ({error})", expected="SAELens' cfg") from error
+    if not isinstance(config, dict):
+        raise _refusal(folder / CFG, given=type(config).__name__, expected="a JSON object")
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
-                tensors[key] = file.get_tensor(key)
-    except SafetensorError as error:
+        tensors, _ = load_sealed(folder / WEIGHTS, "")
+    except DamagedFile as error:
         raise _refusal(
             folder / WEIGHTS, given=f"a damaged file ({error})", expected="safetensors"
         ) from error
-    if not isinstance(config, dict):
-        raise _refusal(folder / CFG, given=type(config).__name__, expected="a JSON object")
+    _check_config(config, folder / CFG)
     return sae_of(config, tensors, str(folder))
+
+
+def _check_hashes(folder: Path) -> None:
+    """A folder written here is read as it was written, or not at all."""
+    file = folder / HASHES
+    if not file.is_file():
+        return
+    try:
+        record = take({"files": parse_json(file.read_bytes())}, "files", "object")
+        wanted = {name: take(record, name, "text") for name in (CFG, WEIGHTS)}
+    except (DamagedJson, OSError) as error:
+        raise _refusal(file, given=f"no record of hashes ({error})", expected="one") from error
+    for name, digest in wanted.items():
+        if file_hash(folder / name) != digest:
+            raise _refusal(
+                folder / name,
+                given="a file that was altered since it was written",
+                expected=f"the SHA-256 {digest[:12]}… of {HASHES}",
+                remedy=f"Copy the folder again; where the change is yours, delete {HASHES}.",
+            )
+
+
+_TEXT = ("architecture", "hook_name", "hf_hook_name", "hook_name_out", "model_name",
+         "difference_of", "training_architecture", "hook_point", "activation_fn",
+         "activation_fn_str")  # fmt: skip
+_FLAG = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "prepend_bos")
+_OBJECT = ("metadata", "training_architecture_details", "activation_fn_kwargs",
+           "model_from_pretrained_kwargs")  # fmt: skip
+
+
+def _check_config(config: Mapping[str, Any], where: Path) -> None:
+    """Every entry that is read is of its kind; null stands for an absent one."""
+    kinds = dict.fromkeys(_TEXT, str) | dict.fromkeys(_FLAG, bool) | dict.fromkeys(_OBJECT, dict)
+    metadata = config.get("metadata")
+    for record in (config, metadata if isinstance(metadata, dict) else {}):
+        for key, kind in kinds.items():
+            value = record.get(key)
+            if value is not None and not isinstance(value, kind):
+                raise _refusal(where, key, given=repr(value)[:80], expected=f"a {kind.__name__}")
+        for key in ("training_architecture_details", "activation_fn_kwargs"):
+            k = (record.get(key) or {}).get("k")
+            if k is not None and (type(k) not in (int, float) or not 0 < k < 2**31):
+                raise _refusal(where, f"{key}.k", given=repr(k)[:80], expected="a number")
 
 
 def sae_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Sae:
@@ -248,12 +293,17 @@ def write_folder(sae: Sae, folder: str | Path) -> Path:
     """Write the folder SAELens' ``SAE.load_from_disk`` reads; each file appears whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / HASHES).unlink(missing_ok=True)  # of an SAE that stood here before
     partial = folder / f".{WEIGHTS}.partial"
     save_file({name: value.contiguous().cpu() for name, value in sae.tensors().items()}, partial)
     partial.rename(folder / WEIGHTS)
     partial = folder / f".{CFG}.partial"
     partial.write_text(json.dumps(config_of(sae), indent=2))
     partial.rename(folder / CFG)
+    hashes = {name: file_hash(folder / name) for name in (CFG, WEIGHTS)}
+    partial = folder / f".{HASHES}.partial"
+    partial.write_text(json.dumps(hashes, indent=2))
+    partial.rename(folder / HASHES)
     return folder
 
 

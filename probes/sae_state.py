@@ -5,20 +5,21 @@ Schedules are functions of the step, so they are stepped again instead of being 
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mi_weightspace.core.errors import CheckpointError, ConfigError
+from mi_weightspace.core.json_io import DamagedJson, take
+from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 
 STATE = "training.safetensors"
+_HEADER = "training"
+_COUNTS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
 
 
 def save(trainer: Any, path: Path, record: Mapping[str, Any]) -> None:
@@ -32,17 +33,9 @@ def save(trainer: Any, path: Path, record: Mapping[str, Any]) -> None:
         tensors |= {f"adam/{number}/{name}": value for name, value in state.items()}
     for name in ("act_freq_scores", "n_forward_passes_since_fired"):
         tensors[name] = getattr(trainer, name)
-    counts = {
-        name: getattr(trainer, name)
-        for name in ("n_training_steps", "n_training_samples", "n_frac_active_samples")
-    }
+    counts = {name: getattr(trainer, name) for name in _COUNTS}
     partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps({"record": dict(record), "counts": counts})
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        partial,
-        metadata={"training": text},
-    )
+    save_sealed(tensors, partial, _HEADER, {"record": dict(record), "counts": counts})
     with partial.open("rb") as handle:
         os.fsync(handle.fileno())
     partial.rename(path)
@@ -58,19 +51,21 @@ def restore(trainer: Any, path: Path, record: Mapping[str, Any]) -> int:
     if not path.exists():
         return 0
     try:
-        with safe_open(path, framework="pt") as file:
-            found = json.loads(file.metadata()["training"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        tensors, found = load_sealed(path, _HEADER)
+        if found is None:
+            raise DamagedJson("no header of a training run")
+        counts = {key: take(take(found, "counts", "object"), key, "number") for key in _COUNTS}
+        own = take(found, "record", "object")
+    except (DamagedFile, DamagedJson) as error:
         raise CheckpointError(
             str(path),
             given=f"a damaged checkpoint ({error})",
             expected="one written by train_sae",
             remedy="Remove the folder and train again.",
         ) from error
-    check_record(found["record"], record, str(path))
-    _place(trainer, tensors, found["counts"])
-    return found["counts"]["n_training_steps"]
+    check_record(own, record, str(path))
+    _place(trainer, tensors, counts)
+    return counts["n_training_steps"]
 
 
 def check_record(found: Mapping[str, Any], record: Mapping[str, Any], subject: str) -> None:

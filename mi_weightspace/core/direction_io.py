@@ -11,7 +11,6 @@ caller says which layer or space it lives in.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from mi_weightspace.core.direction import RAW_CONVENTION, Direction
 from mi_weightspace.core.errors import ConventionError, DirectionError, OutputError
+from mi_weightspace.core.json_io import DamagedJson, take
+from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 from mi_weightspace.core.space import Space
 
 SCHEMA = 1
@@ -44,8 +45,6 @@ def save_direction(direction: Direction | Sequence[Direction], path: str | Path)
         DirectionError: nothing to save, or directions of different widths or contents.
         OutputError: the file exists or its folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     single = isinstance(direction, Direction)
     rows = [direction] if isinstance(direction, Direction) else list(direction)
     _check_uniform(rows)
@@ -67,7 +66,7 @@ def save_direction(direction: Direction | Sequence[Direction], path: str | Path)
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, partial, metadata={_HEADER: json.dumps(header, ensure_ascii=False)})
+        save_sealed(arrays, partial, _HEADER, header)
         partial.rename(target)
     except OSError as error:
         raise OutputError(
@@ -121,16 +120,15 @@ def load_directions(
     wanted = Space.parse(space) if space is not None else None
     if header is None:
         return [_bare(Path(path), tensors, layer, wanted)]
-    if header.get("schema", 0) > SCHEMA or "pattern" not in tensors:
+    try:
+        found = _stored(tensors, header)
+    except DamagedJson as error:
         raise DirectionError(
             f"direction file {path}",
-            given=f"schema {header.get('schema')}, keys {sorted(tensors)}",
-            expected=f"schema ≤ {SCHEMA} and a key 'pattern'",
+            given=f"a header or tensors that are not as written ({error})",
+            expected=f"a file written by save_direction, schema ≤ {SCHEMA}",
             remedy="Update mi-weightspace, or save the direction again.",
-        )
-    single = tensors["pattern"].ndim == 1
-    rows = {k: v[None] if single else v for k, v in tensors.items()}
-    found = [_direction(rows, i, record) for i, record in enumerate(header["directions"])]
+        ) from error
     chosen = [
         d
         for d in found
@@ -172,8 +170,6 @@ def load_direction(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise DirectionError(
             f"direction file {path}",
@@ -182,30 +178,55 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
             remedy="Check the path; `mi-weightspace probe` writes direction.safetensors.",
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata[_HEADER]) if _HEADER in metadata else None
-    except (SafetensorError, json.JSONDecodeError) as error:
+        return load_sealed(path, _HEADER)
+    except DamagedFile as error:
         raise DirectionError(
             f"direction file {path}",
-            given=f"{type(error).__name__}: {error}",
-            expected="a readable safetensors file",
+            given=str(error),
+            expected="a readable safetensors file, as it was written",
             remedy="Save tensors with safetensors; .pt and .npy files are not read.",
         ) from error
-    return tensors, header
 
 
-def _direction(rows: dict[str, Tensor], i: int, record: dict[str, Any]) -> Direction:
+def _stored(tensors: dict[str, Tensor], header: dict[str, Any]) -> list[Direction]:
+    """The directions of a file with a header.
+
+    Raises:
+        DamagedJson: a newer schema, or entries and tensors that do not belong together.
+    """
+    records, schema = take(header, "directions", "list"), take(header, "schema", "whole")
+    if schema > SCHEMA:
+        raise DamagedJson(f"schema {schema}")
+    if "pattern" not in tensors or not records:
+        raise DamagedJson(f"the keys {sorted(tensors)[:12]} and {len(records)} directions")
+    single = tensors["pattern"].ndim == 1
+    rows = {name: value[None] if single else value for name, value in tensors.items()}
+    for name, value in rows.items():
+        if name not in ("pattern", "scale", *_ARRAYS) or value.is_complex():
+            raise DamagedJson(f"a tensor {name!r} of {value.dtype}")
+        if value.ndim < 1 or len(value) != len(records):
+            raise DamagedJson(f"{name} of shape {tuple(value.shape)}, {len(records)} directions")
+    if "scale" in rows and rows["scale"].ndim != 1:
+        raise DamagedJson(f"scale of shape {tuple(rows['scale'].shape)}")
+    return [_direction(rows, i, record) for i, record in enumerate(records)]
+
+
+def _direction(rows: dict[str, Tensor], i: int, record: Any) -> Direction:
+    if not isinstance(record, dict):
+        raise DamagedJson(f"direction {i}, which is no object")
+    fit = take(record, "fit", "object")
+    for key, value in fit.items():
+        if not isinstance(value, str | int | float):
+            raise DamagedJson(f"fit[{key!r}]: {value!r}"[:120])
     arrays = {name: rows[name][i] for name in _ARRAYS if name in rows}
     return Direction(
         pattern=rows["pattern"][i],
-        space=Space.parse(record["space"]),
+        space=Space.parse(take(record, "space", "text")),
         scale=float(rows["scale"][i]) if "scale" in rows else 1.0,
-        fit=record["fit"],
-        control_names=tuple(record["control_names"]),
+        fit=fit,
+        control_names=tuple(take(record, "control_names", "texts")),
         **arrays,
-        **{name: record[name] for name in _TEXTS},
+        **{name: take(record, name, "text") for name in _TEXTS},
     )
 
 

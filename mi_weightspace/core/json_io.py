@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+Kind = Literal["text", "whole", "number", "flag", "list", "texts", "wholes", "object"]
 
 
 class DamagedJson(ValueError):
-    """Text that is not JSON, is nested too deeply, or names a key twice."""
+    """Text that is not JSON, nests too deeply, names a key twice, or lacks what it must hold."""
 
 
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
@@ -33,3 +37,57 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise DamagedJson(f"the key {twice!r} twice")
     return found
+
+
+def take(record: Mapping[str, Any], key: str, kind: Kind, default: Any = None) -> Any:
+    """One entry of an object, of the kind it must have.
+
+    Args:
+        default: what stands for an absent entry; None: there is no such thing.
+
+    Raises:
+        DamagedJson: names the key.
+    """
+    value = record.get(key, default)
+    if not _is(value, kind):
+        written = repr(value)[:80]
+        raise DamagedJson(f"{key}: {written if key in record else 'nothing'}, which is no {kind}")
+    return value
+
+
+def _is(value: Any, kind: Kind) -> bool:
+    match kind:
+        case "text":
+            return isinstance(value, str)
+        case "whole":
+            return type(value) is int and abs(value) < 2**63
+        case "number":
+            return type(value) in (int, float) and abs(value) < 2**1023
+        case "flag":
+            return isinstance(value, bool)
+        case "object":
+            return isinstance(value, dict)
+        case "list":
+            return isinstance(value, list)
+        case "texts":
+            return isinstance(value, list) and all(isinstance(v, str) for v in value)
+        case "wholes":
+            return isinstance(value, list) and all(_is(v, "whole") for v in value)
+
+
+def digest_of(record: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    kept = json.loads(json.dumps({k: v for k, v in record.items() if k not in without}))
+    text = json.dumps(kept, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is a file name alone: no folder, no way up, nothing a path cannot hold."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode("utf-8", "surrogatepass")) <= 255
+        and name not in {".", ".."}
+        and not set(name) & set("/\\\0")
+        and name.isprintable()
+    )

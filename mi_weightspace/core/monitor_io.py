@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from mi_weightspace.core.errors import OutputError
+from mi_weightspace.core.json_io import DamagedJson, take
 from mi_weightspace.core.monitor import Bands, Watch
+from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 
 SCHEMA = 1
 _HEADER = "mi_weightspace.bands"
@@ -19,8 +23,6 @@ def save_bands(bands: Bands, path: str | Path) -> Path:
     Raises:
         OutputError: a path that is taken or cannot be written.
     """
-    from safetensors.torch import save_file
-
     target = Path(path)
     if target.exists():
         raise OutputError(
@@ -47,7 +49,7 @@ def save_bands(bands: Bands, path: str | Path) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, partial, metadata={_HEADER: json.dumps(record, ensure_ascii=False)})
+        save_sealed(arrays, partial, _HEADER, record)
         partial.rename(target)
     except OSError as error:
         raise OutputError(
@@ -67,35 +69,54 @@ def load_bands(path: str | Path) -> Bands:
     Raises:
         OutputError: no such file, or not one of bands.
     """
-    from safetensors import SafetensorError, safe_open
-
     source = Path(path)
     try:
-        with safe_open(source, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        record = json.loads(header) if header is not None else {}
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise _not_bands(source, f"{type(error).__name__}: {error}") from error
-    if not record or record["schema"] > SCHEMA:
-        raise _not_bands(source, f"schema {record.get('schema')}")
-    watches = tuple(
-        Watch(
-            vectors=arrays[f"{i}/vectors"],
-            index=tuple(w["index"]),
-            **{name: w[name] for name in _TEXTS},
+        arrays, record = load_sealed(source, _HEADER)
+        if record is None:
+            raise DamagedJson("no header of bands")
+        return _bands(arrays, record)
+    except (DamagedFile, DamagedJson) as error:
+        raise _not_bands(source, str(error)) from error
+
+
+def _bands(arrays: dict[str, Tensor], record: dict[str, Any]) -> Bands:
+    """Bands from a file's content.
+
+    Raises:
+        DamagedJson: entries and tensors that are no bands.
+    """
+    if take(record, "schema", "whole") > SCHEMA:
+        raise DamagedJson(f"schema {record['schema']}")
+    watches, low, high = [], [], []
+    for i, own in enumerate(take(record, "watches", "list")):
+        if not isinstance(own, dict):
+            raise DamagedJson(f"watch {i}, which is no object")
+        index = take(own, "index", "wholes")
+        vectors, ends = (
+            arrays.get(f"{i}/vectors"),
+            [arrays.get(f"{i}/{k}") for k in ("low", "high")],
         )
-        for i, w in enumerate(record["watches"])
-    )
-    every = range(len(watches))
+        if vectors is None or vectors.ndim != 2 or len(vectors) != len(index):
+            raise DamagedJson(f"the tensor {i}/vectors")
+        for end in ends:
+            if end is None or end.shape != (len(index),):
+                raise DamagedJson(f"the band of watch {i}")
+        if not all(bool(t.isfinite().all()) for t in (vectors, *ends) if t is not None):
+            raise DamagedJson(f"values of watch {i} that are not finite")
+        texts = {name: take(own, name, "text") for name in _TEXTS}
+        watches.append(Watch(vectors=vectors, index=tuple(index), **texts))
+        low.append(ends[0])
+        high.append(ends[1])
+    if not watches:
+        raise DamagedJson("no watch")
     return Bands(
-        watches,
-        tuple(arrays[f"{i}/low"] for i in every),
-        tuple(arrays[f"{i}/high"] for i in every),
-        n=record["n"],
-        margin=record["margin"],
-        model_hash=record["model_hash"],
-        skip_first=record["skip_first"],
+        tuple(watches),
+        tuple(low),
+        tuple(high),
+        n=take(record, "n", "whole"),
+        margin=take(record, "margin", "number"),
+        model_hash=take(record, "model_hash", "text"),
+        skip_first=take(record, "skip_first", "flag"),
     )
 
 

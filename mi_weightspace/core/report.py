@@ -8,7 +8,6 @@ temporary name and renamed; a killed run leaves no folder that loads. Nothing is
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import os
@@ -21,7 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mi_weightspace.core.errors import ConfigError, OutputError
-from mi_weightspace.core.verdict import Verdict, Word
+from mi_weightspace.core.json_io import digest_of
+from mi_weightspace.core.report_record import check_files, read_files, read_record, verdicts_of
+from mi_weightspace.core.sealed_io import SEAL, file_hash
+from mi_weightspace.core.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +156,7 @@ class Report:
             frame.to_parquet(folder / f"table_{name}.parquet", index=False)
         replay = {"kind": self.kind, "config": dict(self.config)}
         (folder / "config.yaml").write_text(yaml.safe_dump(replay, sort_keys=False))
-        files = {p.name: _file_hash(p) for p in sorted(folder.iterdir())}
+        files = {p.name: file_hash(p) for p in sorted(folder.iterdir())}
         record = {
             "schema": SCHEMA,
             "kind": self.kind,
@@ -167,6 +169,7 @@ class Report:
             "tables": sorted(self.tables),
             "files": files,
         }
+        record[SEAL] = digest_of(record)
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=True)
         (folder / "report.json").write_text(text)
 
@@ -253,19 +256,8 @@ def load_report(folder: str | Path) -> Report:
     Raises:
         OutputError: no run there, a missing or altered file, or an unknown kind or schema.
     """
-    import pandas as pd
-    from safetensors.torch import load_file
-
     path = Path(folder)
-    record_path = path / "report.json"
-    if not record_path.is_file():
-        raise OutputError(
-            f"run folder {path}",
-            given="no report.json",
-            expected="a folder written by Report.save",
-            remedy="Check the path; an interrupted run leaves no folder.",
-        )
-    record = json.loads(record_path.read_text())
+    record = read_record(path)
     if record["schema"] > SCHEMA or record["kind"] not in _known_kinds():
         raise OutputError(
             f"run folder {path}",
@@ -273,23 +265,13 @@ def load_report(folder: str | Path) -> Report:
             expected=f"a kind of {sorted(_REGISTRY)}, schema ≤ {SCHEMA}",
             remedy="Update mi-weightspace.",
         )
-    for name, digest in record["files"].items():
-        file = path / name
-        if not file.is_file() or _file_hash(file) != digest:
-            raise OutputError(
-                f"run folder {path}",
-                given=f"{name} missing or altered",
-                expected=f"the file saved with SHA-256 {digest[:12]}…",
-                remedy="Copy the folder again, or rerun it with `mi-weightspace replay`.",
-            )
+    check_files(path, record)
+    table, tables, arrays = read_files(path, record)
     return _REGISTRY[record["kind"]](
-        table=pd.read_parquet(path / "table.parquet"),
-        tables={n: pd.read_parquet(path / f"table_{n}.parquet") for n in record["tables"]},
-        arrays=load_file(path / "arrays.safetensors"),
-        verdicts=tuple(
-            Verdict(Word(v["word"]), v["subject"], v["evidence"], tuple(v["reservations"]))
-            for v in record["verdicts"]
-        ),
+        table=table,
+        tables=tables,
+        arrays=arrays,
+        verdicts=verdicts_of(record),
         config=record["config"],
         inputs=record["inputs"],
         reservations=tuple(record["reservations"]),
@@ -324,8 +306,3 @@ REPORT_MODULES: tuple[str, ...] = (
     "probes.readout",
 )
 """Modules that define Report subclasses, by name: `core` never imports upward in code."""
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mi_weightspace.core.errors import CheckpointError
-from mi_weightspace.core.json_io import DamagedJson, parse_json
+from mi_weightspace.core.json_io import DamagedJson, is_plain_name, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -108,17 +108,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 remedy="Copy the index written by save_pretrained.",
             )
     return found
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether `name` is a file name alone: no folder, no way up, nothing a path cannot hold."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name.encode("utf-8", "surrogatepass")) <= 255
-        and name not in {".", ".."}
-        and not set(name) & set("/\\\0")
-        and name.isprintable()
-    )
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:

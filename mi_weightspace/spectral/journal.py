@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from mi_weightspace.core.components import Components, SourceRef
 from mi_weightspace.core.errors import ConfigError, OutputError
+from mi_weightspace.core.json_io import DamagedJson, take
+from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 from mi_weightspace.core.site import Site
 from mi_weightspace.models.lora import AdapterSource
 from mi_weightspace.models.weights import CheckpointSource, Difference, WeightSource
@@ -40,6 +41,7 @@ Job = Callable[[WeightSource, Site, Any], Components]
 Key = tuple[WeightSource, Site]
 Recipe = tuple[Any, ...]
 """How a worker opens a source again: names and paths, never tensors."""
+_HEADER = "components"
 _STALE_SECONDS = 24 * 3600
 
 
@@ -149,8 +151,7 @@ def write(path: Path, parts: Components) -> None:
     }
     tensors = {name: getattr(parts, name).contiguous() for name in ("read", "write", "scale")}
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-    # one metadata entry: safetensors writes several in no fixed order
-    save_file(tensors, temporary, {"components": json.dumps(meta, sort_keys=True)})
+    save_sealed(tensors, temporary, _HEADER, meta)
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     temporary.replace(path)
@@ -169,24 +170,41 @@ def read(path: Path, site: Site) -> Components:
         OutputError: a file that is missing, damaged or not a result for this matrix.
     """
     try:
-        with safe_open(path, "pt") as handle:
-            meta = json.loads(handle.metadata()["components"])
-            tensors = {name: handle.get_tensor(name) for name in ("read", "write", "scale")}
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        tensors, meta = load_sealed(path, _HEADER)
+        if meta is None:
+            raise DamagedJson("no header of a result")
+        return _components(tensors, meta, site)
+    except (DamagedFile, DamagedJson) as error:
         raise OutputError(
             f"result {path}",
             given=f"a file that cannot be read ({error})",
             expected=f"the result of {site}",
             remedy="Delete the file and run again: only this matrix is computed anew.",
         ) from error
-    ref = None if meta["source"] is None else SourceRef(**meta["source"])
+
+
+def _components(tensors: dict[str, Tensor], meta: dict[str, Any], site: Site) -> Components:
+    """Raises:
+    DamagedJson: entries and tensors that are no components of the matrix.
+    """
+    k = len(tensors["scale"]) if "scale" in tensors and tensors["scale"].ndim == 1 else -1
+    for name, size in {"read": (k, site.d_in), "write": (k, site.d_out), "scale": (k,)}.items():
+        value = tensors.get(name)
+        if value is None or tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
+            raise DamagedJson(f"the tensor {name}")
+    facts = take(meta, "facts", "object")
+    ref = meta.get("source")
+    if ref is not None:
+        ref = take(meta, "source", "object")
+        fields = {f: take(ref, f, "text") for f in SourceRef.__dataclass_fields__}
+        ref = SourceRef(**fields)
     return Components(
         site,
-        **tensors,
-        method=meta["method"],
-        stage=meta["stage"],
+        **{name: tensors[name] for name in ("read", "write", "scale")},
+        method=take(meta, "method", "text"),
+        stage=take(meta, "stage", "text"),
         source=ref,
-        facts=meta["facts"],
+        facts=facts,
     )
 
 

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mi_weightspace.core.errors import ConfigError, OutputError
+from mi_weightspace.core.json_io import DamagedJson, digest_of, parse_json, take
+from mi_weightspace.core.sealed_io import SEAL, file_hash
 from mi_weightspace.models.arithmetic import worthwhile
 from mi_weightspace.vpd.config import VPDConfig
 from mi_weightspace.vpd.distributed import barrier, rank, world
@@ -103,6 +105,7 @@ def save_state(state: RunState, folder: Path) -> Path:
         staging.mkdir(parents=True)
     barrier()
     _write(staging / f"sources-{rank()}.safetensors", _own_tensors(state))
+    barrier()
     if rank() == 0:
         _write(staging / "shared.safetensors", _shared_tensors(state))
         objective = state.objective
@@ -119,6 +122,9 @@ def save_state(state: RunState, folder: Path) -> Path:
             "world": world(),
             "fast_float32": takes_fast_float32(objective.config),
         }
+        # every process is behind the barrier, so its sources are written
+        record["files"] = {p.name: file_hash(p) for p in sorted(staging.iterdir())}
+        record[SEAL] = digest_of(record)
         (staging / "state.json").write_text(json.dumps(record, indent=2))
     barrier()
     if rank() == 0:
@@ -153,10 +159,34 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        OutputError: missing, no JSON, or not what was written.
+    """
     try:
-        return json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        record = parse_json((path / "state.json").read_bytes())
+        if not isinstance(record, dict):
+            raise DamagedJson("state.json, which is no JSON object")
+        if record.get(SEAL, digest_of(record, without=(SEAL,))) != digest_of(record, (SEAL,)):
+            raise DamagedJson("state.json, which is not what was written: its SHA-256 differs")
+        for key in ("step", "frequency_count", "world"):
+            take(record, key, "whole")
+        for key in ("config", "sites"):
+            take(record, key, "object")
+        for key in ("config_hash", "host"):
+            take(record, key, "text")
+        take(record, "scale", "number")
+        take(record, "fast_float32", "flag")
+    except (OSError, DamagedJson) as error:
         raise _unreadable(path, error) from error
+    return record
+
+
+def _check_file(path: Path, name: str, record: dict[str, Any]) -> None:
+    """A file of a checkpoint is as it was written (checkpoints of before carry no hashes)."""
+    if "files" in record and file_hash(path / name) != record["files"].get(name):
+        raise _unreadable(path, ValueError(f"{name} was altered: its SHA-256 differs"))
 
 
 def restore_state(state: RunState, path: Path, positions: tuple[int, ...]) -> None:
@@ -185,8 +215,10 @@ def restore_state(state: RunState, path: Path, positions: tuple[int, ...]) -> No
         "another processor: products that were float32 there are not here",
     )
     try:
-        tensors = load_file(path / "shared.safetensors")
-        own = load_file(path / f"sources-{rank()}.safetensors")
+        names = ("shared.safetensors", f"sources-{rank()}.safetensors")
+        for name in names:
+            _check_file(path, name, record)
+        tensors, own = (load_file(path / name) for name in names)
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     with torch.no_grad():

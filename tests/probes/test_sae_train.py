@@ -132,7 +132,7 @@ def test_a_broken_run_ends_where_the_unbroken_one_does(
     assert taken == list(range(40, 100))
     assert same(whole, resumed)
     assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == sorted(
-        ["cfg.json", "sae_weights.safetensors", "training.json"]
+        ["cfg.json", "mi_weightspace_hashes.json", "sae_weights.safetensors", "training.json"]
     )
     again = train(lens, folder=tmp_path / "broken", resume=True, **own)
     assert same(again, whole) and len(taken) == 60  # read, not trained
