@@ -7,6 +7,8 @@ those of a matrix in memory, rounding included.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,6 +117,8 @@ def block_rows(shape: tuple[int, int], itemsize: int, limit: int, name: str) -> 
     if fixed + itemsize * m * n <= limit:
         return None
     release_buffers()
+    _trim()
+    fixed = private_bytes() + _workspace(m, n)
     least = sign_rows(n)
     rows = (limit - fixed) // (BLOCK_BYTES * n) // least * least
     if rows < 1:
@@ -133,7 +137,8 @@ def workers_within(limit: float, jobs: int, sites: Sequence[Site]) -> tuple[int,
     """
     largest = max(sites, key=lambda s: s.d_out * s.d_in)
     m, n = largest.d_out, largest.d_in
-    need = max(private_bytes(), LIBRARY_BYTES) + _workspace(m, n) + BLOCK_BYTES * n * sign_rows(n)
+    used = max(private_bytes() - held_bytes(), LIBRARY_BYTES)
+    need = used + _workspace(m, n) + BLOCK_BYTES * n * sign_rows(n)
     workers = min(jobs, int(limit / need))
     if workers < 1:
         raise _too_little(limit, jobs, need, f"{largest.name} ({m}×{n})")
@@ -151,6 +156,13 @@ def _too_little(limit: float, jobs: int, need: int, name: str) -> ConfigError:
         expected=f"at least {need / 1e9:.2g} GB a worker",
         remedy="Raise the limit, or leave large matrices out with --sites (sites=).",
     )
+
+
+def _trim() -> None:
+    """Give freed heap back to the system: the C library keeps what the matrix before took."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def private_bytes() -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mi_weightspace.core.components import Components
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.evidence import (
+    LARGE,
     cosine,
     cosine_without,
     participation,
@@ -23,13 +24,15 @@ from mi_weightspace.core.evidence import (
     row_normalised,
     sign_cosine_p,
     sign_flip_ratio_p,
+    sketched,
 )
 from mi_weightspace.core.seeds import generator
-from mi_weightspace.core.site import Side
+from mi_weightspace.core.site import Side, Site
 from mi_weightspace.core.stats import isotropic_cosine_p, rank_p, sign_flips
 from mi_weightspace.models.rounding import flip_signs
-from mi_weightspace.models.weights import WeightSource
+from mi_weightspace.models.weights import Difference, WeightSource
 from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, clears, folded
+from mi_weightspace.spectral.form import form
 from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
@@ -70,18 +73,32 @@ def measure(
         _permutation(row, evidence)
     if source is None or not float(parts.facts.get("fro") or 0.0):  # pyright: ignore[reportArgumentType]
         return
-    matrix = source.weight(parts.site).cpu()
+    matrix = change(source, parts.site)
     if parts.facts.get("folded", True):
         matrix = folded(matrix, source, parts.site)
     for side in dict.fromkeys(row.side for row in rows):
         oriented = matrix if side == "write" else matrix.T.contiguous()
         energies = row_energies(oriented)
-        normed = leading_normalised(oriented, seed=seed, name=f"{parts.site.name}/{side}")
+        name = f"{parts.site.name}/{side}"
+        normed = leading_normalised(oriented, energies, seed=seed, name=name)
+        narrow = sketched(oriented, seed=seed, name=name)
         for row in rows:
             if row.side == side:
-                _against(row, oriented, energies, normed, n_null=n_null, seed=seed)
+                _against(row, oriented, narrow, energies, normed, n_null=n_null, seed=seed)
                 _nuisances(row, normed.left, unembedding_mean)
                 _effect(row, oriented, evidence)
+
+
+def change(source: WeightSource, site: Site) -> Float[Tensor, "d_out d_in"]:
+    """The matrix under judgement: float32, but a large bfloat16 difference as it was decomposed.
+
+    Products of the latter are bfloat16 too: R is then good to 1e-3. The next call of this thread
+    overwrites it.
+    """
+    large = site.d_out * site.d_in >= LARGE
+    if large and isinstance(source, Difference) and source.factors(site) is None:
+        return form(source.before.stored(site), source.after.stored(site), reuse=True).matrix
+    return source.weight(site).cpu()
 
 
 class Normalised(NamedTuple):
@@ -94,8 +111,17 @@ class Normalised(NamedTuple):
     resolved: bool
 
 
-def leading_normalised(matrix: Float[Tensor, "d n"], *, seed: int, name: str) -> Normalised:
-    normed = row_normalised(matrix.float())
+def leading_normalised(
+    matrix: Float[Tensor, "d n"],
+    energies: Float[Tensor, " d"] | None = None,
+    *,
+    seed: int,
+    name: str,
+) -> Normalised:
+    """Of ``diag(1/‖D_i‖) D``; `energies`: the ``‖D_i‖²`` where they are at hand."""
+    if matrix.numel() < LARGE:
+        matrix = matrix.float()
+    normed = row_normalised(matrix, energies)
     found = leading_triplets(normed, 4, generator=generator(seed, "row normalised", name))
     flip_signs(normed, seed=seed, name=f"row normalised {name}")
     edge = top_value(Dense(normed), generator=generator(seed, "row normalised edge", name))
@@ -219,6 +245,7 @@ def _named(row: Row, evidence: StageEvidence) -> dict[str, Any]:
 def _against(
     row: Row,
     matrix: Float[Tensor, "d n"],
+    narrow: Float[Tensor, "d r"],
     energies: Float[Tensor, " d"],
     normed: Normalised,
     *,
@@ -232,7 +259,7 @@ def _against(
     pattern = direction.pattern
     row.values |= {
         "R": float(row_energy_ratio(matrix, pattern[None], energies)[0]),
-        "p_sign": sign_flip_ratio_p(matrix, pattern, **flips),
+        "p_sign": sign_flip_ratio_p(narrow, pattern, **flips),
         "cosine_row_normalised": cosine(normed.left, pattern),
         "p_row_normalised": sign_cosine_p(normed.left, pattern, **flips),
         "resolved_row_normalised": normed.resolved,
@@ -298,7 +325,7 @@ def _effect(row: Row, matrix: Float[Tensor, "d n"], evidence: StageEvidence | No
         return
     index = [c.name for c in after.contrasts].index(evidence.target)
     shift = (before.site_shift[site][index] + after.site_shift[site][index]) / 2
-    row.values["effect"] = float(row.direction.pattern @ (matrix @ shift.to(matrix.dtype)))
+    row.values["effect"] = float(row.direction.pattern @ (matrix @ shift.to(matrix.dtype)).float())
 
 
 def component_rows(row: Row) -> Iterator[dict[str, Any]]:
