@@ -34,6 +34,7 @@ from probes.matrix import (
     matrix_rows,
     run_matrix,
 )
+from probes.sae import sae_reservations
 from probes.survival import Survival, survival
 
 if TYPE_CHECKING:
@@ -280,6 +281,11 @@ def _reservations(matrix: Matrix) -> tuple[str, ...]:
             f"The SAE reconstructs {', '.join(far)} worse than {OUT_OF_DISTRIBUTION} × the clean "
             "stage: it is out of distribution there."
         )
+    warned: dict[str, list[str]] = {}
+    for stage, own in matrix.readings.items():
+        for reason in sae_reservations(own.facts):
+            warned.setdefault(reason, []).append(stage)
+    found += [f"SAE on {', '.join(where)}: {reason}." for reason, where in warned.items()]
     text = next((own["text"] for own in matrix.found.values() if "text" in own), None)
     if text is not None and text.above():
         found.append(

@@ -58,6 +58,8 @@ def report() -> InoculationReport:
     own = {
         s: replace(r, components={"svd blocks.0.mlp.out": r.dense[:, :3]}) for s, r in own.items()
     }
+    trap = {"l0": 12.0, "trained_k": 4.0, "l0_over_k": 3.0}
+    own["hidden"] = replace(own["hidden"], facts={**own["hidden"].facts, **trap})
     far = {s: r.rows(range(50)) for s, r in own.items()}
     return inoculation(
         own, labelled, dictionary(), unrelated=far, settings=FAST, progress=False, **ROLES
@@ -69,6 +71,12 @@ def test_a_shift_that_stayed_is_not_hidden_from_the_norm(report: InoculationRepo
     assert report.verdict("hidden") == report.verdicts[0]
     with pytest.raises(ConfigError, match="hidden"):
         report.verdict("open")
+
+
+def test_an_sae_that_fires_unlike_in_training_is_told_where(report: InoculationReport) -> None:
+    told = [text for text in report.reservations if "training kept" in text]
+    assert len(told) == 1
+    assert told[0].startswith("SAE on hidden: 12 latents active a token where training kept 4")
 
 
 def test_the_tables_hold_every_detector_at_every_stage(report: InoculationReport) -> None:
