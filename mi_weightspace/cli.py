@@ -77,11 +77,11 @@ def _cell(value: Any) -> str:
 
 
 def finish(report: Report, out: Path, command: str, args: dict[str, Any], columns: Sequence[str],
-           frame: Any = None) -> None:  # fmt: skip
+           frame: Any = None, *, hashed: bool = True) -> None:  # fmt: skip
     """Save the run and print it."""
     from mi_weightspace.commands import with_command
 
-    saved = with_command(report, command, args).save(out)
+    saved = with_command(report, command, args, hashed=hashed).save(out)
     show(report.table if frame is None else frame, columns)
     for verdict in report.verdicts[:12]:
         typer.echo(str(verdict))
@@ -252,6 +252,9 @@ def svd(
     ] = "0/1",
     memory_limit: Annotated[float | None, typer.Option(help="GB for all workers.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
+    no_hash: Annotated[
+        bool, typer.Option("--no-hash", help="Record no hash of the checkpoints' files.")
+    ] = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -285,7 +288,7 @@ def svd(
     columns = ("stage", "site", "fro", "rel_fro", "rounding_flag", "spectral", "stable_rank",
                "resolved")  # fmt: skip
     rows = report.tables["sites"].sort_values("rel_fro", ascending=False)
-    finish(report, out, "svd", args, columns, rows)
+    finish(report, out, "svd", args, columns, rows, hashed=not no_hash)
     commands.clear_journal(str(journal))
 
 

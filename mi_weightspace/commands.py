@@ -21,6 +21,7 @@ from mi_weightspace.core.direction_io import load_direction, load_directions
 from mi_weightspace.core.errors import ConfigError, DirectionError, OutputError
 from mi_weightspace.core.report import Report, check_output, load_report, same_frame
 from mi_weightspace.models.harvest import harvest
+from mi_weightspace.models.input_files import check_input_files, input_files
 from mi_weightspace.models.lineage import (
     CheckReport,
     Lineage,
@@ -35,9 +36,17 @@ from mi_weightspace.spectral.svd import SvdReport
 from mi_weightspace.spectral.svd import svd as decompose_sources
 
 
-def with_command(report: Report, command: str, args: Mapping[str, Any]) -> Any:
-    """The report with the command's own arguments in place of the library call's."""
+def with_command(
+    report: Report, command: str, args: Mapping[str, Any], *, hashed: bool = True
+) -> Any:
+    """The report with the command's own arguments in place of the library call's.
+
+    Args:
+        hashed: also record the SHA-256 of every file behind the arguments.
+    """
     config = {**report.config, "command": command, "args": dict(args)}
+    if hashed:
+        config["input_files"] = input_files(args)
     return dataclasses.replace(report, config=config)
 
 
@@ -339,6 +348,7 @@ def replay(folder: str, out: str, *, progress: bool = True) -> tuple[Report, Rep
 
     Raises:
         ConfigError: the run was made in Python from objects, so its arguments are not on file.
+        MismatchError: a file the run read has other content now.
     """
     old = load_report(folder)
     check_output(Path(out))
@@ -351,7 +361,10 @@ def replay(folder: str, out: str, *, progress: bool = True) -> tuple[Report, Rep
             expected=f"a run of mi-weightspace {', '.join(COMMANDS)}",
             remedy="Run the command line, or your own script, again.",
         )
-    new = with_command(COMMANDS[command](**args, progress=progress), command, args)
+    recorded = old.config.get("input_files") or {}
+    check_input_files(recorded, folder)
+    result = COMMANDS[command](**args, progress=progress)
+    new = with_command(result, command, args, hashed=bool(recorded))
     return old, load_report(new.save(out))
 
 

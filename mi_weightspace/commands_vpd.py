@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_weightspace.core.errors import ConfigError, WeightspaceError
+from mi_weightspace.models.input_files import input_files
 from mi_weightspace.models.lineage import Lineage, stage_names
 from mi_weightspace.models.load import load
 from mi_weightspace.vpd.config import VPDConfig, make_config, read_config
@@ -109,7 +110,7 @@ def vpd(
         "resume": resume,
         "progress": progress and rank() == 0,
         "evaluation": evaluation,
-        "record": {"args": args},
+        "record": {"args": args, "input_files": input_files(args) if rank() == 0 else {}},
     }
     try:
         if change is None:

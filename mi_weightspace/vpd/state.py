@@ -122,10 +122,7 @@ def save_state(state: RunState, folder: Path) -> Path:
             "world": world(),
             "fast_float32": takes_fast_float32(objective.config),
         }
-        # every process is behind the barrier, so its sources are written
-        record["files"] = {p.name: file_hash(p) for p in sorted(staging.iterdir())}
-        record[SEAL] = digest_of(record)
-        (staging / "state.json").write_text(json.dumps(record, indent=2))
+        write_record(staging, record)  # behind the barrier: every process has written
     barrier()
     if rank() == 0:
         for path in staging.iterdir():
@@ -158,6 +155,14 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """``state.json``: the record, the hashes of the folder's files, and its own."""
+    files = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+    whole = record | {"files": files}
+    whole[SEAL] = digest_of(whole)
+    (folder / "state.json").write_text(json.dumps(whole, indent=2))
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint.
 
@@ -168,7 +173,8 @@ def read_record(path: Path) -> dict[str, Any]:
         record = parse_json((path / "state.json").read_bytes())
         if not isinstance(record, dict):
             raise DamagedJson("state.json, which is no JSON object")
-        if record.get(SEAL, digest_of(record, without=(SEAL,))) != digest_of(record, (SEAL,)):
+        sealed = "files" in record  # checkpoints of before carry no hashes
+        if sealed and record.get(SEAL) != digest_of(record, without=(SEAL,)):
             raise DamagedJson("state.json, which is not what was written: its SHA-256 differs")
         for key in ("step", "frequency_count", "world"):
             take(record, key, "whole")
@@ -181,6 +187,21 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, DamagedJson) as error:
         raise _unreadable(path, error) from error
     return record
+
+
+def read_tensors(path: Path, record: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What all processes share, and this process' own sources.
+
+    Raises:
+        OutputError: a file that is missing, damaged or altered.
+    """
+    try:
+        names = ("shared.safetensors", f"sources-{rank()}.safetensors")
+        for name in names:
+            _check_file(path, name, record)
+        return load_file(path / names[0]), load_file(path / names[1])
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _check_file(path: Path, name: str, record: dict[str, Any]) -> None:
@@ -214,13 +235,7 @@ def restore_state(state: RunState, path: Path, positions: tuple[int, ...]) -> No
         takes_fast_float32(objective.config),
         "another processor: products that were float32 there are not here",
     )
-    try:
-        names = ("shared.safetensors", f"sources-{rank()}.safetensors")
-        for name in names:
-            _check_file(path, name, record)
-        tensors, own = (load_file(path / name) for name in names)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    tensors, own = read_tensors(path, record)
     with torch.no_grad():
         for name, value in objective.factors.named():
             value.copy_(tensors[f"factors/{name}"])
