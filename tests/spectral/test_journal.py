@@ -271,29 +271,6 @@ def test_workers_and_threads_give_the_same(
         run_sites(decompose, keys, Settings(fail_at=keys[2][1].name), n_jobs=2, progress=False)
 
 
-@pytest.mark.slow
-def test_another_engine_gives_the_same(folder: Path, tmp_path: Path) -> None:
-    """joblib's backend is exchangeable: a local Dask cluster."""
-    distributed = pytest.importorskip("distributed")
-    import joblib
-
-    source = difference(folder)
-    keys = [(source, site) for site in source.sites("blocks.0.*")]
-    alone = run_sites(decompose, keys, Settings(), folder=tmp_path / "alone", progress=False)
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None
-        ) as cluster,
-        distributed.Client(cluster),
-        joblib.parallel_config("dask"),
-    ):
-        far = run_sites(
-            decompose, keys, Settings(), n_jobs=-1, folder=tmp_path / "far", progress=False
-        )
-    assert all(same(a, b) for a, b in zip(alone, far, strict=True))
-    assert hashes(tmp_path / "alone") == hashes(tmp_path / "far")
-
-
 @pytest.mark.quick
 def test_damaged_results_are_refused(folder: Path, tmp_path: Path) -> None:
     source = difference(folder)
