@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mi_weightspace.core.contrasts import Contrast, ContrastSet
 from mi_weightspace.core.errors import PromptError
+from mi_weightspace.core.json_io import DamagedJson, parse_json
 from mi_weightspace.core.labelled import LabelledPrompt, LabelledSet, Prompt
 from probes.datasets_io import load_contrasts
 from probes.prompts import NAMES
@@ -153,9 +154,9 @@ def _attributes(row: Row, subject: str) -> dict[str, str]:
     value = row.get("attributes", {})
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise _no_object(subject, f"attributes that are no JSON ({error.msg})") from error
+            value = parse_json(value)
+        except DamagedJson as error:
+            raise _no_object(subject, f"attributes that are no JSON ({error})") from error
     if not isinstance(value, Mapping):
         raise _no_object(subject, f"attributes {value!r}")
     return {str(key): str(cell) for key, cell in value.items() if cell is not None}

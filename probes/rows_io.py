@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mi_weightspace.core.errors import PromptError
+from mi_weightspace.core.json_io import DamagedJson, parse_json
 
 Row = dict[str, Any]
 
@@ -48,13 +48,15 @@ def _read_path(path: Path, what: str, names: Sequence[str]) -> Sequence[Mapping[
     if path.suffix == ".jsonl" and path.is_file():
         return _read_jsonl(path)
     if path.suffix == ".parquet" and path.is_file():
-        import pandas as pd
-
-        return pd.read_parquet(path).to_dict("records")
+        return _read_parquet(path)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         from datasets import load_from_disk
 
-        return _read(load_from_disk(str(path)), what, names)
+        try:
+            found = load_from_disk(str(path))
+        except (ValueError, LookupError, TypeError, OSError) as error:
+            raise _damaged(path, "a folder of save_to_disk", error) from error
+        return _read(found, what, names)
     near = difflib.get_close_matches(str(path), names, n=1)
     known = f"one of {list(names)}, " if names else ""
     raise PromptError(
@@ -65,22 +67,51 @@ def _read_path(path: Path, what: str, names: Sequence[str]) -> Sequence[Mapping[
     )
 
 
+def _read_parquet(path: Path) -> list[Row]:
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path).to_dict("records")  # pyright: ignore[reportReturnType]
+    except (ValueError, LookupError, TypeError, NotImplementedError, OSError) as error:
+        raise _damaged(path, "a parquet file", error) from error
+
+
+def _damaged(path: Path, expected: str, error: Exception) -> PromptError:
+    return PromptError(
+        f"file {path}",
+        given=f"one that cannot be read ({type(error).__name__}: {error})"[:300],
+        expected=expected,
+        remedy="Write the file again.",
+    )
+
+
 def _read_jsonl(path: Path) -> list[Row]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise _damaged(path, "UTF-8 text, one JSON object a line", error) from error
     rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # by line feeds alone: other separators may stand inside a JSON string
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(
-                f"{path.name}, line {number}",
-                given=f"no JSON ({error.msg})",
-                expected="one JSON object a line",
-                remedy="Mend or remove the line.",
-            ) from error
+            row = parse_json(line)
+        except DamagedJson as error:
+            raise _no_row(path, number, f"no JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise _no_row(path, number, f"a {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def _no_row(path: Path, number: int, given: str) -> PromptError:
+    return PromptError(
+        f"{path.name}, line {number}",
+        given=given,
+        expected="one JSON object a line",
+        remedy="Mend or remove the line.",
+    )
 
 
 def _present(row: Mapping[str, Any]) -> Row:

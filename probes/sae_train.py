@@ -19,8 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.errors import ConfigError, DivergedError, OutputError, PromptError
+from mi_weightspace.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    OutputError,
+    PromptError,
+)
 from mi_weightspace.core.hook_names import hook_of_space
+from mi_weightspace.core.json_io import DamagedJson, parse_json, take
 from mi_weightspace.core.sae import Sae
 from mi_weightspace.core.seeds import derive
 from mi_weightspace.core.space import Space
@@ -241,7 +248,16 @@ def _finished(folder: Path, resume: bool, record: Mapping[str, Any]) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / RECORD
     if (folder / CFG).exists() and note.exists():
-        check_record(json.loads(note.read_text()), record, str(note))
+        try:
+            found = take({"run": parse_json(note.read_bytes())}, "run", "object")
+        except DamagedJson as error:
+            raise CheckpointError(
+                str(note),
+                given=f"no record of a run ({error})",
+                expected="the one written by train_sae",
+                remedy="Remove the folder and train again.",
+            ) from error
+        check_record(found, record, str(note))
         return True
     note.write_text(json.dumps(record, indent=2))
     return False

@@ -11,7 +11,6 @@ folder                 written by ``datasets.save_to_disk``, columns as above
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -22,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mi_weightspace.core.errors import PromptError
+from mi_weightspace.core.json_io import DamagedJson, parse_json
 
 ID_COLUMNS = ("input_ids", "tokens")
 FORMS = ".txt, .jsonl, .parquet, .npy, .safetensors, or a folder of datasets.save_to_disk"
@@ -62,22 +62,22 @@ def _text(path: Path) -> list[Any]:
     try:
         return [path.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:
-        raise _refused(
-            path, f"bytes that are no UTF-8 ({error.reason})", "text", "Convert it."
-        ) from (error)
+        given = f"bytes that are no UTF-8 ({error.reason})"
+        raise _refused(path, given, "text", "Convert it.") from error
 
 
 def _jsonl(path: Path) -> list[Any]:
     rows: list[Any] = []
-    for number, line in enumerate(_text(path)[0].splitlines(), 1):
+    # by line feeds alone: other separators may stand inside a JSON string
+    for number, line in enumerate(_text(path)[0].split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(_cell(json.loads(line), path))
-        except json.JSONDecodeError as error:
+            rows.append(_cell(parse_json(line), path))
+        except DamagedJson as error:
             raise _refused(
                 path,
-                f"no JSON in line {number} ({error.msg})",
+                f"no JSON in line {number} ({error})",
                 "one JSON value a line",
                 "Mend or remove the line.",
             ) from error
@@ -86,11 +86,10 @@ def _jsonl(path: Path) -> list[Any]:
 
 def _parquet(path: Path) -> list[Any]:
     import pandas as pd
-    import pyarrow as pa
 
     try:
         frame = pd.read_parquet(path)
-    except pa.ArrowInvalid as error:
+    except (ValueError, LookupError, TypeError, NotImplementedError, OSError) as error:
         raise _refused(path, f"no parquet ({error})", "a parquet file", "Write it anew.") from error
     return _column(path, list(frame.columns), lambda name: frame[name].tolist())
 
@@ -114,7 +113,7 @@ def _npy(path: Path) -> list[Any]:
 
     try:
         return [torch.from_numpy(np.load(path, allow_pickle=False))]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, SyntaxError, EOFError, OSError, MemoryError) as error:
         raise _refused(path, f"no array of numbers ({error})", "token ids", "Save ids.") from error
 
 
@@ -124,7 +123,7 @@ def _safetensors(path: Path) -> list[Any]:
 
     try:
         found = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _refused(path, f"a damaged file ({error})", "token ids", "Copy it again.") from error
     names = [
         n for n in (*ID_COLUMNS, *found) if n in found and (n in ID_COLUMNS or len(found) == 1)
@@ -191,10 +190,13 @@ def _table(rows: list[Any], path: Path, length: int) -> Tensor | list[str]:
     if ids.ndim == 1:
         n = len(ids) // length
         ids = ids[: n * length].view(n, length)
+    if ids.dtype == torch.bool or (ids.numel() and int(ids.long().min()) < 0):
+        given = "booleans" if ids.dtype == torch.bool else "negative numbers"
+        raise _refused(path, given, "token ids", "Save token ids.")
     if ids.numel() == 0:
         raise _refused(path, "no whole row", f"rows of {length} tokens", "Give more text.")
     return ids.long()
 
 
 def _are_ids(row: Any) -> bool:
-    return isinstance(row, list) and all(type(i) is int for i in row)
+    return isinstance(row, list) and all(type(i) is int and 0 <= i < 2**31 for i in row)

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mi_weightspace.core.errors import CheckpointError, ConfigError, SiteError
+from mi_weightspace.core.json_io import DamagedJson, parse_json, take
 from mi_weightspace.core.site import Site
 from mi_weightspace.models.grammar import module_path, part_of, row_index
 from mi_weightspace.models.lens import Lens
@@ -197,15 +198,26 @@ def _tensors(
             header = file.metadata() or {}
             return (
                 {k: file.get_tensor(k) for k in file.keys()},  # noqa: SIM118 (not a dict)
-                json.loads(header.get(OWNERS, "{}")),
+                _owners(parse_json(header.get(OWNERS, "{}"))),
             )
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, DamagedJson) as error:
         raise CheckpointError(
             f"component weights {path}",
             given=f"{type(error).__name__}: {error}",
             expected="a complete safetensors file",
             remedy="Check the path; copy the file again.",
         ) from error
+
+
+def _owners(record: Any) -> dict[str, dict[str, list[int]]]:
+    """Raises:
+    DamagedJson: anything but rows by site by module.
+    """
+    owners = take({"owners": record}, "owners", "object")
+    for module in owners:
+        for site in take(owners, module, "object"):
+            take(owners[module], site, "wholes")
+    return owners
 
 
 def _looks_pickled(path: Path) -> bool:
