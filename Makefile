@@ -33,6 +33,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/vpd_step.py
 	$(BIN)/python benchmarks/diff_vpd_scale.py
 	$(BIN)/python benchmarks/sae_encode.py
+	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.collect
 
 notebooks: $(STAMP)
 	mkdir -p notebooks

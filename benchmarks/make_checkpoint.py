@@ -106,8 +106,13 @@ def _top(m: int, n: int, sizes: Tensor, draw: torch.Generator) -> Tensor:
 def make(out: Path, family: Family, *, layers: int, seed: int = 0) -> Path:
     """Write the family; the folder."""
     planted_layer = layers // 2
-    truth = {"stage": "sft", "site": f"blocks.{planted_layer}.mlp.out", "direction": "planted"}
-    probes = directions(family, Space.parse(f"resid_post.{planted_layer}"), seed=seed)
+    point = Space.parse(f"resid_post.{planted_layer}")
+    truth = {
+        "stage": "sft",
+        "site": f"blocks.{planted_layer}.mlp.out",
+        "direction": f"planted@{point}",
+    }
+    probes = directions(family, point, seed=seed)
     probe = probes[0].pattern
     for stage in ("base", "sft", "dpo"):
         (out / stage).mkdir(parents=True, exist_ok=True)

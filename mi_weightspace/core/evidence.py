@@ -46,7 +46,7 @@ def projected_energy(
     """``‖wᵀD‖²`` of each row of `vectors`, summed as in `row_energies`."""
     wide = torch.float64 if matrix.numel() < LARGE else torch.float32
     parts = [
-        (block.to(matrix.dtype) @ matrix).square_().sum(1, dtype=wide).double()
+        (block.to(matrix.dtype) @ matrix).float().square_().sum(1, dtype=wide).double()
         for block in vectors.split(_BLOCK)
     ]
     return torch.cat(parts)
@@ -57,7 +57,8 @@ def sketched(matrix: Float[Tensor, "d n"], *, seed: int, name: str) -> Float[Ten
 
     For sign-flip nulls: whatever Ω is, flipping signs of rows of D flips those of D Ω, so the test
     stays exact; what a thousand flips cost falls by n / `SKETCH`. The price is power: energies
-    are known to ``√(2/SKETCH)`` = 9 %, so an R below about 1.2 is not told from 1.
+    are known to ``√(2/SKETCH)`` = 9 %, so an R below about 1.2 is not told from 1. Where the
+    answer may matter, the matrix itself is used.
     """
     if matrix.numel() < LARGE:
         return matrix
@@ -83,22 +84,39 @@ def sign_flip_ratio_p(
     n_null: int,
     seed: int,
     name: str,
+    drawn: Float[Tensor, "n_null d"] | None = None,
 ) -> float:
     """p of R(w) under independent signs of w's coordinates.
 
     Args:
         matrix: D, or `sketched` D.
+        drawn: signs that many vectors of one matrix share; else they are drawn by seed and name.
     """
+    if drawn is not None:
+        weighted = vector.float()[:, None] * matrix.float()
+        found = projected_energy(weighted, torch.cat([torch.ones_like(drawn[:1]), drawn]))
+        return float(rank_p(found[0], found[1:]))
     signs = sign_flips(vector.shape[0], n_null, seed=seed, name=name)
     null = projected_energy(matrix, signs * vector.double())
     return float(rank_p(projected_energy(matrix, vector[None])[0], null))
 
 
 def sign_cosine_p(
-    u: Float[Tensor, " d"], w: Float[Tensor, " d"], *, n_null: int, seed: int, name: str
+    u: Float[Tensor, " d"],
+    w: Float[Tensor, " d"],
+    *,
+    n_null: int,
+    seed: int,
+    name: str,
+    drawn: Float[Tensor, "n_null d"] | None = None,
 ) -> float:
-    """p of |Σ u_i w_i| under independent signs: a Rademacher sum with the terms' sizes."""
+    """p of |Σ u_i w_i| under independent signs: a Rademacher sum with the terms' sizes.
+
+    `drawn` as in `sign_flip_ratio_p`.
+    """
     terms = u.double() * w.double()
+    if drawn is not None:
+        return float(rank_p(terms.sum().abs(), (drawn @ terms.float()).abs().double()))
     null = (sign_flips(terms.shape[0], n_null, seed=seed, name=name) @ terms).abs()
     return float(rank_p(terms.sum().abs(), null))
 

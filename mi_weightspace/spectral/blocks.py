@@ -24,6 +24,8 @@ from mi_weightspace.spectral.form import held_bytes, release_buffers, stored_dty
 
 BLOCK_BYTES = 14
 """Memory of an entry of a block: two float32 sides, the result, its product's working copy."""
+BLOCK_ENTRIES = 2**20
+"""Larger blocks are no faster, and the C library keeps what they leave."""
 WORKSPACE_ROWS = 2 * 20 * 16
 """Vectors of both sides that 20 steps of width 16 keep, twice: the basis is copied as it grows."""
 LIBRARY_BYTES = 2**28
@@ -120,7 +122,8 @@ def block_rows(shape: tuple[int, int], itemsize: int, limit: int, name: str) -> 
     _trim()
     fixed = private_bytes() + _workspace(m, n)
     least = sign_rows(n)
-    rows = (limit - fixed) // (BLOCK_BYTES * n) // least * least
+    entries = min((limit - fixed) // BLOCK_BYTES, BLOCK_ENTRIES)
+    rows = entries // n // least * least
     if rows < 1:
         raise _too_little(limit, 1, fixed + BLOCK_BYTES * n * least, f"{name} ({m}×{n})")
     return int(min(rows, m))

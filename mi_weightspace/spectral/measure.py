@@ -20,7 +20,6 @@ from mi_weightspace.core.evidence import (
     participation,
     projected_energy,
     row_energies,
-    row_energy_ratio,
     row_normalised,
     sign_cosine_p,
     sign_flip_ratio_p,
@@ -43,6 +42,8 @@ Of the pairs, not of their mean: where each item changes in its own way (copying
 says), one vector may hold the mean and still be no account of the change.
 """
 N_REFERENCE = 199
+MAY_PASS = 0.1
+"""Rank p among a large matrix's controls up to which signs are flipped on the matrix itself."""
 
 
 @dataclass(eq=False)
@@ -77,16 +78,65 @@ def measure(
     if parts.facts.get("folded", True):
         matrix = folded(matrix, source, parts.site)
     for side in dict.fromkeys(row.side for row in rows):
-        oriented = matrix if side == "write" else matrix.T.contiguous()
-        energies = row_energies(oriented)
-        name = f"{parts.site.name}/{side}"
-        normed = leading_normalised(oriented, energies, seed=seed, name=name)
-        narrow = sketched(oriented, seed=seed, name=name)
-        for row in rows:
-            if row.side == side:
-                _against(row, oriented, narrow, energies, normed, n_null=n_null, seed=seed)
-                _nuisances(row, normed.left, unembedding_mean)
-                _effect(row, oriented, evidence)
+        own = [row for row in rows if row.side == side]
+        looked = _looked_at(matrix if side == "write" else matrix.T.contiguous(), own, n_null, seed)
+        for row in own:
+            _against(row, looked, n_null=n_null, seed=seed)
+            _nuisances(row, looked.normed.left, unembedding_mean)
+            _effect(row, looked.matrix, evidence)
+
+
+class Looked(NamedTuple):
+    """One side of a matrix, and what all directions there share.
+
+    Attributes:
+        matrix: (d, n), rows indexed by the directions' coordinates; `narrow` its sketch.
+        energies: ``‖D_i‖²``.
+        drawn: signs of the flips, for a large matrix; else each direction draws its own.
+        ratios, projected: of every direction's vectors (`_vectors`), R and ``‖wᵀD‖²``.
+    """
+
+    matrix: Float[Tensor, "d n"]
+    narrow: Float[Tensor, "d r"]
+    energies: Float[Tensor, " d"]
+    normed: Normalised
+    drawn: Float[Tensor, "b d"] | None
+    ratios: dict[int, Tensor]
+    projected: dict[int, Tensor]
+
+
+def _looked_at(matrix: Float[Tensor, "d n"], rows: Sequence[Row], n_null: int, seed: int) -> Looked:
+    parts, side = rows[0].parts, rows[0].side
+    name = f"{parts.site.name}/{side}"
+    energies = row_energies(matrix)
+    stacked = [_vectors(row.direction) for row in rows]
+    counts = [len(vectors) for vectors in stacked]
+    every = torch.cat(stacked)
+    projected = projected_energy(matrix, every)  # one product for all directions and controls
+    ratios = projected / (every.double().square() @ energies)
+    drawn = None
+    if matrix.numel() >= LARGE:
+        draw_name = f"{parts.stage}/{name}"
+        drawn = sign_flips(len(energies), n_null, seed=seed, name=draw_name).float()
+    return Looked(
+        matrix,
+        sketched(matrix, seed=seed, name=name),
+        energies,
+        leading_normalised(matrix, energies, seed=seed, name=name),
+        drawn,
+        {id(row): own for row, own in zip(rows, ratios.split(counts), strict=True)},
+        {id(row): own for row, own in zip(rows, projected.split(counts), strict=True)},
+    )
+
+
+def _vectors(direction: Direction) -> Float[Tensor, "k d"]:
+    """Pattern, the vector that is ranked, and the controls it is ranked among."""
+    first = direction.pattern if direction.filter is None else direction.filter
+    ranked, controls = first, direction.control_filters
+    if direction.filter is None or controls is None:
+        ranked, controls = direction.pattern, direction.control_patterns
+    rows = [direction.pattern[None], first[None], ranked[None]]
+    return torch.cat(rows if controls is None else [*rows, controls])
 
 
 def change(source: WeightSource, site: Site) -> Float[Tensor, "d_out d_in"]:
@@ -242,37 +292,29 @@ def _named(row: Row, evidence: StageEvidence) -> dict[str, Any]:
     }
 
 
-def _against(
-    row: Row,
-    matrix: Float[Tensor, "d n"],
-    narrow: Float[Tensor, "d r"],
-    energies: Float[Tensor, " d"],
-    normed: Normalised,
-    *,
-    n_null: int,
-    seed: int,
-) -> None:
+def _against(row: Row, looked: Looked, *, n_null: int, seed: int) -> None:
     """R, its sign-flip null, the row-normalised sign test, and what is ranked among controls."""
-    direction = row.direction
+    direction, normed = row.direction, looked.normed
     name = f"{row.parts.stage}/{row.parts.site.name}/{row.side}/{direction.name}"
-    flips = {"n_null": n_null, "seed": seed, "name": name}
-    pattern = direction.pattern
+    flips: dict[str, Any] = {"n_null": n_null, "seed": seed, "name": name}
+    pattern, ratios = direction.pattern, looked.ratios[id(row)]
+    # only where the rank among controls may pass does the sign test decide anything
+    whole = looked.drawn is None or len(ratios) < 4
+    whole = whole or float(rank_p(ratios[2], ratios[3:])) <= MAY_PASS
+    flipped = looked.matrix if whole else looked.narrow
+    drawn = None if whole else looked.drawn
     row.values |= {
-        "R": float(row_energy_ratio(matrix, pattern[None], energies)[0]),
-        "p_sign": sign_flip_ratio_p(narrow, pattern, **flips),
+        "R": float(ratios[0]),
+        "p_sign": sign_flip_ratio_p(flipped, pattern, **flips, drawn=drawn),
         "cosine_row_normalised": cosine(normed.left, pattern),
-        "p_row_normalised": sign_cosine_p(normed.left, pattern, **flips),
+        "p_row_normalised": sign_cosine_p(normed.left, pattern, **flips, drawn=looked.drawn),
         "resolved_row_normalised": normed.resolved,
-        "energy_share": float(projected_energy(matrix, pattern[None])[0] / energies.sum()),
+        "energy_share": float(looked.projected[id(row)][0] / looked.energies.sum()),
     }
-    filtered = direction.filter is not None and direction.control_filters is not None
-    controls = direction.control_filters if filtered else direction.control_patterns
-    first = direction.filter if direction.filter is not None else pattern
     if direction.filter is not None:
-        row.values["R_lda"] = float(row_energy_ratio(matrix, first[None], energies)[0])
-    if controls is not None and len(controls):
-        own = first if filtered else pattern
-        row.ranked = row_energy_ratio(matrix, torch.cat([own[None], controls]), energies)
+        row.values["R_lda"] = float(ratios[1])
+    if len(ratios) > 3:
+        row.ranked = ratios[2:]
 
 
 def _nuisances(

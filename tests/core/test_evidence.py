@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from mi_weightspace.core.evidence import (
     sign_cosine_p,
     sign_flip_ratio_p,
 )
-from mi_weightspace.core.stats import isotropic_cosine_p
+from mi_weightspace.core.stats import isotropic_cosine_p, sign_flips
 
 pytestmark = pytest.mark.quick
 
@@ -84,6 +85,19 @@ def test_a_large_matrix_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(normed.float(), small[2], rtol=4e-3, atol=0)
     assert torch.equal(matrix, kept)
     assert evidence.sketched(matrix, seed=0, name="s").shape == (90, evidence.SKETCH)
+
+
+def test_shared_signs_give_the_same_p() -> None:
+    matrix, w = ordinary(4)
+    u = unit(draw(5, D))
+    drawn = sign_flips(D, B, seed=0, name="t").float()
+    same: dict[str, Any] = {"n_null": B, "seed": 0, "name": "t"}
+    one, two = (sign_flip_ratio_p(matrix, w, **same, drawn=d) for d in (None, drawn))
+    assert one == two
+    other = sign_flips(D, B, seed=1, name="t").float()
+    assert sign_flip_ratio_p(matrix, w, **same, drawn=other) != one
+    one, two = (sign_cosine_p(u, w, **same, drawn=d) for d in (None, drawn))
+    assert one == two
 
 
 def test_sign_flips_of_a_sketch_are_uniform_without_a_write_and_find_one(

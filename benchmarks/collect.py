@@ -1,0 +1,72 @@
+"""``RESULTS.md``: every benchmark's last table on one page, with the machine and the versions.
+
+    python -m benchmarks.collect
+
+`make bench` runs the scripts and then this. A table says in its own file what it was measured on
+where that differs; nothing here is computed anew, and nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.svd_diff import markdown
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGES = {
+    "A sweep over whole layers": "sweep.md",
+    "SAE encoding": "sae_encode.md",
+    "A step of VPD": "vpd_step.md",
+    "VPD of a large difference": "diff_vpd_scale.md",
+    "Reliability": "trust.md",
+}
+LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "safetensors")
+
+
+def machine() -> str:
+    """Processor, cores and memory in words; no host name."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, no GPU"
+
+
+def page() -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Collected {datetime.date.today().isoformat()} on: {machine()}. Python "
+        f"{platform.python_version()}, {libraries}. `make bench` measures again; ratios are of one "
+        "interleaved run, CPU time at one thread unless a table says otherwise. **GPU: not "
+        "measured.**",
+    ]
+    for file in sorted(RESULTS.glob("svd_diff_*.json")):
+        record = json.loads(file.read_text())
+        size = file.stem.removeprefix("svd_diff_").replace("x", " × ")
+        lines += ["", f"## One matrix, {size}, bfloat16, top 8", "", markdown(record["rows"])]
+        if "adapter_ms" in record:
+            lines += ["", f"LoRA adapter of rank 16, exact: {record['adapter_ms']:.1f} CPU ms."]
+    for title, name in PAGES.items():
+        if (RESULTS / name).is_file():
+            text = (RESULTS / name).read_text().strip().splitlines()
+            body = text[1:] if text and text[0].startswith("# ") else text
+            lines += ["", f"## {title}", "", *("#" + s if s.startswith("##") else s for s in body)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    (HERE / "RESULTS.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()
