@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import mi_weightspace as mw
+from mi_weightspace.core import evidence
 from mi_weightspace.core.components import Components
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.errors import DirectionError, MismatchError
@@ -23,6 +24,7 @@ from mi_weightspace.models import toy
 from mi_weightspace.models.grammar import shape_of, sites_of
 from mi_weightspace.models.lineage import Lineage
 from mi_weightspace.organisms.truth import matrix_of
+from mi_weightspace.spectral import measure as measure_module
 from mi_weightspace.spectral.project import ProjectionReport, pairs_of, project
 from mi_weightspace.spectral.svd import SvdReport
 
@@ -481,3 +483,26 @@ def test_given_parts_may_be_a_report_a_list_or_one(case: tuple[Lineage, SvdRepor
     assert ask([parts], direction()).table.equals(reference)
     assert ask(loose, direction()).table.equals(reference), "each reopens its own checkpoints"
     assert at(ask(parts[SITE], direction(), lineage))["R"] == at(ask(parts, direction()))["R"]
+
+
+def test_the_route_of_large_matrices_gives_the_same_words(
+    case: tuple[Lineage, SvdReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One product, shared signs, sketches: what decides stays the same."""
+    report = case[1]
+    small = ask(report, direction()).table
+    for module in (evidence, measure_module):
+        monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(evidence, "SKETCH", 8)
+    large = ask(report, direction()).table
+    assert list(large["verdict"]) == list(small["verdict"])
+    assert "aligned" in set(small["verdict"])
+    for name in ("R", "R_lda", "p_lda_rank", "energy_share"):
+        np.testing.assert_allclose(large[name], small[name], rtol=1e-4)
+    np.testing.assert_allclose(
+        large["cosine_row_normalised"], small["cosine_row_normalised"], atol=0.02
+    )
+    kept = small["p_lda_rank"] <= measure_module.MAY_PASS
+    assert kept.any() and not kept.all()
+    assert list(large["p_sign"][kept]) == list(small["p_sign"][kept])  # flipped on the matrix
+    assert list(large["p_sign"][~kept]) != list(small["p_sign"][~kept])  # on its sketch
