@@ -251,6 +251,7 @@ def svd(
         str, typer.Option(help="i/n: only every n-th matrix (many machines).")
     ] = "0/1",
     memory_limit: Annotated[float | None, typer.Option(help="GB for all workers.")] = None,
+    device: Annotated[str, typer.Option(help="Where the products run, e.g. cuda.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on after an interruption.")] = False,
     no_hash: Annotated[
         bool, typer.Option("--no-hash", help="Record no hash of the checkpoints' files.")
@@ -278,6 +279,7 @@ def svd(
         jobs=jobs,
         shard=part,
         memory_limit=memory_limit,
+        device=device,
         journal=str(journal),
         progress=not quiet,
     )

@@ -19,6 +19,7 @@ from mi_weightspace.core.components import SourceRef
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.direction_io import load_direction, load_directions
 from mi_weightspace.core.errors import ConfigError, DirectionError, OutputError
+from mi_weightspace.core.output_io import check_new_file
 from mi_weightspace.core.report import Report, check_output, load_report, same_frame
 from mi_weightspace.models.harvest import harvest
 from mi_weightspace.models.input_files import check_input_files, input_files
@@ -185,6 +186,7 @@ def svd(
     jobs: int = 1,
     shard: tuple[int, int] = (0, 1),
     memory_limit: float | None = None,
+    device: str = "cpu",
     journal: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -200,6 +202,7 @@ def svd(
         seed=seed,
         jobs=jobs,
         memory_limit=memory_limit,
+        device=device,
         shard=shard,
         journal=journal,
         progress=progress,
@@ -308,13 +311,7 @@ def report(folders: Sequence[str], out: str, *, title: str = "mi-weightspace") -
     from mi_weightspace.html_report import write_report
 
     target = Path(out)
-    if target.exists():
-        raise OutputError(
-            f"report {target}",
-            given="a file that exists",
-            expected="a new file name",
-            remedy="Choose another --out; pages are never overwritten.",
-        )
+    check_new_file(target, "report")
     loose: list[Report] = []
     groups: list[tuple[str, list[Report]]] = []
     for folder in map(Path, folders):

@@ -218,7 +218,8 @@ def flip_rows(rows: Float[Tensor, "r n"], draw: np.random.Generator) -> None:
     """Signs of the next `sign_rows` rows of a matrix, in place."""
     integer = {4: torch.int32, 2: torch.int16}[rows.element_size()]
     bits = rows.view(integer)
-    bits ^= _random_bits(draw, bits.shape).to(integer) * -(2 ** (8 * rows.element_size() - 1))
+    drawn = _random_bits(draw, bits.shape).to(bits.device, integer)
+    bits ^= drawn * -(2 ** (8 * rows.element_size() - 1))
 
 
 def _random_bits(draw: np.random.Generator, shape: torch.Size) -> Int[Tensor, "m n"]:

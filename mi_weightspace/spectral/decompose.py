@@ -50,6 +50,7 @@ class SvdSettings:
         memory_limit: bytes of private memory a worker may reach, 0 for no limit; a matrix that
             would exceed it is formed in blocks of rows at every product. No part of the cache key:
             the answer is the same to rounding.
+        device: where products of a matrix held whole run.
     """
 
     rank: int = 16
@@ -57,6 +58,7 @@ class SvdSettings:
     fold_gains: bool = True
     compare_base: bool = True
     memory_limit: int = field(default=0, repr=False, compare=False)
+    device: str = "cpu"
 
 
 def stream_side(site: Site) -> Side:
@@ -170,7 +172,8 @@ def _formed(
         _refuse_non_finite(source, site, formed)
     if rows is not None:
         return formed, Blocks(before, after, rows, *gains)
-    return formed, folded(formed.matrix, source, site) if settings.fold_gains else formed.matrix
+    matrix = folded(formed.matrix, source, site) if settings.fold_gains else formed.matrix
+    return formed, matrix.to(settings.device)
 
 
 def _null_edge(matrix: Tensor | Blocks, side: Side, site: Site, settings: SvdSettings) -> float:
@@ -264,6 +267,7 @@ def _against_base(
 ) -> dict[str, Any]:
     """The largest |cos| of u₁ with the earlier matrix's own leading vectors."""
     draw = generator(settings.seed, "base", site.name)
+    before = before.to(settings.device)
     own = leading_triplets(before, BASE_VECTORS, generator=draw, side=side)
     cosines = (own.left @ triplets.left[0]).abs()
     return {"base_cosine": float(cosines.max()) if len(own) else 0.0}

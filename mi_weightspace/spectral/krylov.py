@@ -78,6 +78,9 @@ class Dense:
         side: ``write``: left vectors are output-side; ``read``: the transpose is decomposed. Both
             use the two fast product forms ``D X`` and ``Yᵀ D``; no transposed view is multiplied.
         precise: products in float32 whatever the storage, a chunk of rows at a time.
+
+    Products run where the matrix is; thin factors come and go, everything else stays on the
+    processor.
     """
 
     matrix: Float[Tensor, "d_out d_in"] | Blocks
@@ -103,24 +106,29 @@ class Dense:
     def _right(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         if isinstance(self.matrix, Tensor) and not self._widened:
-            return (self.matrix @ x.to(self.matrix.dtype)).float()
+            return (self.matrix @ x.to(self.matrix)).float().cpu()
         dtype = self._working
-        x = x.to(dtype)
-        return torch.cat([(chunk.to(dtype) @ x).float() for _, chunk in self._chunks()])
+        x = x.to(self._device, dtype)
+        return torch.cat([(chunk.to(dtype) @ x).float().cpu() for _, chunk in self._chunks()])
 
     def _left(self, y: Tensor) -> Tensor:
         y = y.contiguous()
         if isinstance(self.matrix, Tensor) and not self._widened:
-            return (y.to(self.matrix.dtype) @ self.matrix).float()
+            return (y.to(self.matrix) @ self.matrix).float().cpu()
         dtype = self._working
-        total = torch.zeros(y.shape[0], self.matrix.shape[1])
+        y = y.to(self._device)
+        total = torch.zeros(y.shape[0], self.matrix.shape[1], device=self._device)
         for start, chunk in self._chunks():
             total += y[:, start : start + chunk.shape[0]].to(dtype) @ chunk.to(dtype)
-        return total
+        return total.cpu()
 
     @property
     def _widened(self) -> bool:
         return self.precise and self.matrix.dtype != torch.float32
+
+    @property
+    def _device(self) -> torch.device:
+        return self.matrix.device if isinstance(self.matrix, Tensor) else torch.device("cpu")
 
     @property
     def _working(self) -> torch.dtype:
@@ -203,7 +211,7 @@ def leading_triplets(
     A bfloat16 matrix is multiplied in bfloat16 unless its spectrum is too steep for that.
     """
     if is_small(*matrix.shape):
-        matrix = matrix if isinstance(matrix, Tensor) else matrix.whole()
+        matrix = matrix.cpu() if isinstance(matrix, Tensor) else matrix.whole()
         return exact_svd(matrix if side == "write" else matrix.T, rank)
     state = generator.get_state()
     precise = Dense(matrix, side, precise=True)

@@ -124,6 +124,7 @@ def svd(
     shard: tuple[int, int] = (0, 1),
     journal: str | Path | None = None,
     memory_limit: float | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> SvdReport:
     """Leading singular triplets of every matrix of a difference (or of a checkpoint).
@@ -140,6 +141,7 @@ def svd(
             workers together may take. Fewer workers run where it does not suffice for all, and a
             matrix beyond one worker's share is formed in blocks of rows in every pass: the same
             answer to rounding, slower.
+        device: where the products run (``cuda``); reading and forming stay on the processor.
 
     Raises:
         ConfigError: a rank below 1. SiteError: no matrix matches. CheckpointError: NaN or
@@ -161,7 +163,7 @@ def svd(
     share = 0
     if memory_limit is not None:
         jobs, share = workers_within(1e9 * memory_limit, effective_jobs(jobs), chosen)
-    settings = SvdSettings(rank, seed, fold_gains, compare_base, share)
+    settings = SvdSettings(rank, seed, fold_gains, compare_base, share, known_device(device))
     keys = [(s, site) for s in sources for site in chosen]
     found = run_sites(
         decompose, keys, settings, n_jobs=jobs, shard=shard, folder=journal, progress=progress
@@ -184,6 +186,24 @@ def svd(
     # the sources stay at hand in this session; a saved report finds them again by their paths
     object.__setattr__(report, "live", dict(zip(stages, sources, strict=True)))
     return report
+
+
+def known_device(name: str) -> str:
+    """The device's name.
+
+    Raises:
+        ConfigError: no such device, or none here.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ConfigError(
+            "device",
+            given=repr(name),
+            expected="cpu, or a device of this machine",
+            remedy="device='cpu' (--device cpu), or install a torch build for the device.",
+        ) from error
+    return name
 
 
 def _ref(source: WeightSource) -> dict[str, str]:

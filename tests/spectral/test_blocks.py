@@ -19,6 +19,7 @@ from mi_weightspace.spectral import blocks
 from mi_weightspace.spectral.blocks import Blocks, block_rows, private_bytes, workers_within
 from mi_weightspace.spectral.form import form
 from mi_weightspace.spectral.krylov import Dense, leading_triplets
+from mi_weightspace.spectral.svd import known_device
 
 pytestmark = pytest.mark.quick
 M, N = 90, 8000  # signs are drawn for 32 rows of 8000 at a time
@@ -123,3 +124,20 @@ def test_fewer_workers_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) ->
     assert workers_within(100 * need, 8, [site])[0] == 8
     with pytest.raises(ConfigError, match="GB a worker"):
         workers_within(0.9 * need, 8, [site])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_device_gives_the_triplets_of_the_processor() -> None:
+    before, after = pair(torch.bfloat16)
+    whole = form(before, after).matrix
+    a, b = (leading_triplets(m, 2, generator=generator(0, "t")) for m in (whole, whole.cuda()))
+    assert float((a.left[0] @ b.left[0]).abs()) > 1 - 1e-4
+    torch.testing.assert_close(a.scale[:1], b.scale[:1], rtol=1e-3, atol=0)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert known_device("cpu") == "cpu"
+    for name in ("cuda:7", "nothing"):
+        with pytest.raises(ConfigError, match=f"device.*'{name}'"):
+            known_device(name)
