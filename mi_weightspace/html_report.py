@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_weightspace.core.errors import OutputError
+from mi_weightspace.core.output_io import check_new_file, unwritable
 from mi_weightspace.core.report import Report
 from mi_weightspace.page.answer import MEANING, Answer, answer
 from mi_weightspace.page.markup import document, json_block, table, text
@@ -45,13 +46,14 @@ def write_report(
     """
     target = Path(path)
     groups = as_groups(reports)
-    if target.exists() or not groups:
+    if not groups:
         raise OutputError(
             f"report {target}",
-            given="a file that exists" if groups else "no report to show",
-            expected="a new file name and at least one report",
-            remedy="Choose another --out; pages are never overwritten.",
+            given="no report to show",
+            expected="at least one report",
+            remedy="Name run folders.",
         )
+    check_new_file(target, "report")
     page = render(groups, title=title, question=question or DEFAULT_QUESTION, rerun=rerun)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -60,12 +62,7 @@ def write_report(
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OutputError(
-            f"report {target}",
-            given=f"{type(error).__name__}: {error}",
-            expected="a folder that can be written",
-            remedy="Choose another --out, or free space.",
-        ) from error
+        raise unwritable(target, "report", error) from error
     return target
 
 

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mi_weightspace.core.errors import CheckpointError
 from mi_weightspace.core.json_io import DamagedJson, parse_json, take
+from mi_weightspace.core.output_io import writing
 from mi_weightspace.core.sae import Sae
 from mi_weightspace.core.sae_parts import RULES, Convention, SaeMetadata, needed
-from mi_weightspace.core.sealed_io import DamagedFile, file_hash, load_sealed
+from mi_weightspace.core.sealed_io import DamagedFile, file_hash, load_sealed, save_tensors
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 HASHES = "mi_weightspace_hashes.json"
 """Beside the two files of a folder written here: their SHA-256. SAELens does not know it."""
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
+STOPS = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+"""Entries of a matching pursuit."""
 _WHY_NOT = {
-    "matching_pursuit": "its codes are chosen one latent at a time by an iteration over the input",
     "temporal": "its codes depend on earlier tokens",
 }
 _OLD_NAMES = {
@@ -93,7 +94,8 @@ def _check_hashes(folder: Path) -> None:
 _TEXT = ("architecture", "hook_name", "hf_hook_name", "hook_name_out", "model_name",
          "difference_of", "training_architecture", "hook_point", "activation_fn",
          "activation_fn_str")  # fmt: skip
-_FLAG = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "prepend_bos")
+_FLAG = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "prepend_bos",
+         "stop_on_duplicate_support")  # fmt: skip
 _OBJECT = ("metadata", "training_architecture_details", "activation_fn_kwargs",
            "model_from_pretrained_kwargs")  # fmt: skip
 
@@ -111,6 +113,10 @@ def _check_config(config: Mapping[str, Any], where: Path) -> None:
             k = (record.get(key) or {}).get("k")
             if k is not None and (type(k) not in (int, float) or not 0 < k < 2**31):
                 raise _refusal(where, f"{key}.k", given=repr(k)[:80], expected="a number")
+    for key, kinds in (("residual_threshold", (int, float)), ("max_iterations", (int,))):
+        value = config.get(key)
+        if value is not None and type(value) not in kinds:
+            raise _refusal(where, key, given=repr(value)[:80], expected=f"a {kinds[-1].__name__}")
 
 
 def sae_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> Sae:
@@ -125,7 +131,7 @@ def sae_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
             "architecture",
             given=f"{architecture!r}: {why}",
             expected=f"one of {sorted(RULES)} (batch-top-k and Matryoshka are saved as jumprelu)",
-            remedy="Use an SAE that encodes each token by one linear map and a threshold.",
+            remedy="Use an SAE that encodes each token by itself.",
         )
     for key, allowed in _REFUSED.items():
         if settings.get(key) not in allowed:
@@ -140,14 +146,17 @@ def sae_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
     architecture, settings, own = _as_inference(architecture, settings, own)
     _drop_scaling(own, Path(source) / WEIGHTS)
     _check_keys(architecture, own, settings, Path(source))
+    own = {name: value.to(torch.float32) for name, value in own.items()}
     return Sae(
         architecture,
-        **{name: value.to(torch.float32) for name, value in own.items()},
+        **({"W_enc": own["W_dec"].mT} if RULES[architecture] == "pursuit" else {}),
+        **own,
         k=settings.get("k") if "topk" in architecture else None,
         apply_b_dec_to_input=bool(settings.get("apply_b_dec_to_input", True))
         and "transcoder" not in architecture,
         rescale_acts_by_decoder_norm="topk" in architecture
         and bool(settings.get("rescale_acts_by_decoder_norm", False)),
+        **{name: settings[name] for name in STOPS if settings.get(name) is not None},
         metadata=_metadata(settings.get("metadata") or {}, source),
     )
 
@@ -219,10 +228,18 @@ def _check_keys(
     k = settings.get("k")
     if "topk" in architecture and type(k) is not int:
         raise _refusal(folder / CFG, "k", given=repr(k), expected="a whole number")
-    for key, size in (("d_in", own["W_enc"].shape[0]), ("d_sae", own["W_enc"].shape[-1])):
+    encoder = own["W_enc"].shape if "W_enc" in own else own["W_dec"].shape[::-1]
+    if len(encoder) != 2:
+        raise _refusal(
+            folder / WEIGHTS, "W_enc, W_dec", given=f"shape {tuple(encoder)}", expected="matrices"
+        )
+    for key, size in zip(("d_in", "d_sae"), encoder, strict=True):
         if settings.get(key) not in (None, size):
             raise _refusal(
-                folder / CFG, key, given=repr(settings[key]), expected=f"{size}, as W_enc has"
+                folder / CFG,
+                key,
+                given=repr(settings[key]),
+                expected=f"{size}, as the weights have",
             )
 
 
@@ -284,27 +301,41 @@ def config_of(sae: Sae) -> dict[str, Any]:
     if sae.rule in ("topk", "abstopk"):
         config["k"] = sae.k
         config["rescale_acts_by_decoder_norm"] = sae.rescale_acts_by_decoder_norm
+    if sae.rule == "pursuit":
+        config |= {name: getattr(sae, name) for name in STOPS}
     if not sae.reconstructs:
         config["d_out"] = sae.d_out
     return config
 
 
 def write_folder(sae: Sae, folder: str | Path) -> Path:
-    """Write the folder SAELens' ``SAE.load_from_disk`` reads; each file appears whole."""
+    """Write the folder SAELens' ``SAE.load_from_disk`` reads; without its last file, `CFG`, it
+    loads nowhere, and every file appears whole.
+
+    Raises:
+        OutputError: a place that cannot be written.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / HASHES).unlink(missing_ok=True)  # of an SAE that stood here before
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file({name: value.contiguous().cpu() for name, value in sae.tensors().items()}, partial)
-    partial.rename(folder / WEIGHTS)
-    partial = folder / f".{CFG}.partial"
-    partial.write_text(json.dumps(config_of(sae), indent=2))
-    partial.rename(folder / CFG)
-    hashes = {name: file_hash(folder / name) for name in (CFG, WEIGHTS)}
-    partial = folder / f".{HASHES}.partial"
-    partial.write_text(json.dumps(hashes, indent=2))
-    partial.rename(folder / HASHES)
+    with writing(folder, "SAE folder"):
+        _write(sae, folder)
     return folder
+
+
+def _write(sae: Sae, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = {name: folder / f".{name}.partial" for name in (WEIGHTS, HASHES, CFG)}
+    try:
+        own = sae.saved_tensors()
+        save_tensors({k: v.contiguous().cpu() for k, v in own.items()}, staged[WEIGHTS])
+        staged[CFG].write_text(json.dumps(config_of(sae), indent=2))
+        hashes = {name: file_hash(staged[name]) for name in (CFG, WEIGHTS)}
+        staged[HASHES].write_text(json.dumps(hashes, indent=2))
+        (folder / CFG).unlink(missing_ok=True)  # of an SAE that stood here before
+        for name, partial in staged.items():
+            partial.rename(folder / name)
+    finally:
+        for partial in staged.values():
+            partial.unlink(missing_ok=True)
 
 
 def _refusal(

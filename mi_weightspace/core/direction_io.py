@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mi_weightspace.core.direction import RAW_CONVENTION, Direction
-from mi_weightspace.core.errors import ConventionError, DirectionError, OutputError
+from mi_weightspace.core.errors import ConventionError, DirectionError
 from mi_weightspace.core.json_io import DamagedJson, take
+from mi_weightspace.core.output_io import check_new_file, unwritable
 from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 from mi_weightspace.core.space import Space
 
@@ -49,13 +50,7 @@ def save_direction(direction: Direction | Sequence[Direction], path: str | Path)
     rows = [direction] if isinstance(direction, Direction) else list(direction)
     _check_uniform(rows)
     target = Path(path)
-    if target.exists():
-        raise OutputError(
-            f"direction file {target}",
-            given="a path that is taken",
-            expected="a new file",
-            remedy="Choose another name; files are never overwritten.",
-        )
+    check_new_file(target, "direction file")
     tensors = {"pattern": torch.stack([r.pattern for r in rows])}
     tensors["scale"] = torch.tensor([r.scale for r in rows], dtype=torch.float32)
     for name in _ARRAYS:
@@ -69,12 +64,7 @@ def save_direction(direction: Direction | Sequence[Direction], path: str | Path)
         save_sealed(arrays, partial, _HEADER, header)
         partial.rename(target)
     except OSError as error:
-        raise OutputError(
-            f"direction file {target}",
-            given=f"{type(error).__name__}: {error}",
-            expected="a folder that can be written",
-            remedy="Choose another --out, or free space.",
-        ) from error
+        raise unwritable(target, "direction file", error) from error
     finally:
         partial.unlink(missing_ok=True)
     return target

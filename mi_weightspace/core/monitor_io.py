@@ -10,6 +10,7 @@ from torch import Tensor
 from mi_weightspace.core.errors import OutputError
 from mi_weightspace.core.json_io import DamagedJson, take
 from mi_weightspace.core.monitor import Bands, Watch
+from mi_weightspace.core.output_io import check_new_file, unwritable
 from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 
 SCHEMA = 1
@@ -24,13 +25,7 @@ def save_bands(bands: Bands, path: str | Path) -> Path:
         OutputError: a path that is taken or cannot be written.
     """
     target = Path(path)
-    if target.exists():
-        raise OutputError(
-            f"bands file {target}",
-            given="a path that is taken",
-            expected="a new file",
-            remedy="Choose another name; files are never overwritten.",
-        )
+    check_new_file(target, "bands file")
     arrays = {}
     for i, (watch, low, high) in enumerate(zip(bands.watches, bands.low, bands.high, strict=True)):
         parts = {"vectors": watch.vectors, "low": low, "high": high}
@@ -52,12 +47,7 @@ def save_bands(bands: Bands, path: str | Path) -> Path:
         save_sealed(arrays, partial, _HEADER, record)
         partial.rename(target)
     except OSError as error:
-        raise OutputError(
-            f"bands file {target}",
-            given=f"{type(error).__name__}: {error}",
-            expected="a folder that can be written",
-            remedy="Choose another path, or free space.",
-        ) from error
+        raise unwritable(target, "bands file", error) from error
     finally:
         partial.unlink(missing_ok=True)
     return target

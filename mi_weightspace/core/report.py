@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mi_weightspace.core.errors import ConfigError, OutputError
-from mi_weightspace.core.json_io import digest_of
+from mi_weightspace.core.json_io import digest_of, is_plain_name
+from mi_weightspace.core.output_io import check_place, unwritable
 from mi_weightspace.core.report_record import check_files, read_files, read_record, verdicts_of
-from mi_weightspace.core.sealed_io import SEAL, file_hash
+from mi_weightspace.core.sealed_io import SEAL, file_hash, save_tensors
 from mi_weightspace.core.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -135,24 +136,25 @@ class Report:
                 target.rmdir()
             staging.rename(target)
         except OSError as error:
-            raise OutputError(
-                f"output folder {target}",
-                given=f"{type(error).__name__}: {error}",
-                expected="a folder that can be created and written",
-                remedy="Choose another --out, or free space.",
-            ) from error
+            raise unwritable(target, "output folder", error) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return target
 
     def _write(self, folder: Path) -> None:
         import yaml
-        from safetensors.torch import save_file
 
         arrays = {k: v.detach().cpu().contiguous().clone() for k, v in self.arrays.items()}
-        save_file(arrays, folder / "arrays.safetensors")
+        save_tensors(arrays, folder / "arrays.safetensors")
         self.table.to_parquet(folder / "table.parquet", index=False)
         for name, frame in self.tables.items():
+            if not is_plain_name(f"table_{name}.parquet"):
+                raise OutputError(
+                    f"table {name!r}"[:120],
+                    given="a name that no file can have",
+                    expected="a plain name: it becomes table_NAME.parquet",
+                    remedy="Rename the table.",
+                )
             frame.to_parquet(folder / f"table_{name}.parquet", index=False)
         replay = {"kind": self.kind, "config": dict(self.config)}
         (folder / "config.yaml").write_text(yaml.safe_dump(replay, sort_keys=False))
@@ -229,24 +231,19 @@ def _plain(report: Report) -> str:
 
 
 def check_output(target: Path) -> None:
-    """Refuse an output folder before any work is done for it."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    """Refuse an output folder before any work is done for it.
+
+    Raises:
+        OutputError: a folder that holds anything, or a place that cannot be written.
+    """
+    there = check_place(target, "output folder")
+    if there and (not target.is_dir() or any(target.iterdir())):
         what = "a folder that already holds a run" if (target / "report.json").exists() else "taken"
         raise OutputError(
             f"output folder {target}",
             given=what,
             expected="a new or empty folder",
             remedy="Choose another --out; runs are never overwritten.",
-        )
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise OutputError(
-            f"output folder {target}",
-            given=f"{parent}, which is not writable",
-            expected="a writable parent folder",
-            remedy="Choose another --out.",
         )
 
 

@@ -13,6 +13,13 @@ from mi_weightspace.core.verdict import Verdict, Word
 RECORD, ARRAYS, TABLE = "report.json", "arrays.safetensors", "table.parquet"
 
 
+def is_run_file(name: str) -> bool:
+    """Whether every report writes, or may write, a file of this name."""
+    return name in {RECORD, ARRAYS, TABLE, "config.yaml"} or (
+        name.startswith("table_") and name.endswith(".parquet")
+    )
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run folder, every entry of its kind.
 
@@ -52,10 +59,11 @@ def _check(record: dict[str, Any]) -> None:
         take(record["timings"], name, "number")
     for key in ("reservations", "tables"):
         take(record, key, "texts")
-    names = [*record["files"], *record["tables"]]
+    tables = [f"table_{name}.parquet" for name in record["tables"]]
+    names = [*record["files"], *tables]
     if not all(map(is_plain_name, names)):
         raise DamagedJson(f"files or tables with names that lead elsewhere: {names}"[:200])
-    needed = {ARRAYS, TABLE, *(f"table_{name}.parquet" for name in record["tables"])}
+    needed = {ARRAYS, TABLE, *tables}
     if missing := sorted(needed - set(record["files"])):
         raise DamagedJson(f"no hash of {missing[0]}")
     take(record, "verdicts", "list")

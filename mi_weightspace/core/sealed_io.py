@@ -33,12 +33,27 @@ def save_sealed(
     Args:
         record: plain JSON values; an entry ``sha256`` is added.
     """
-    from safetensors.torch import save_file
-
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     sealed = dict(record) | {SEAL: seal(own, record)}
     # one metadata entry: safetensors writes several in no fixed order
-    save_file(own, path, {key: json.dumps(sealed, ensure_ascii=False, sort_keys=True)})
+    save_tensors(own, path, {key: json.dumps(sealed, ensure_ascii=False, sort_keys=True)})
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file of contiguous tensors; `metadata` of one entry at most, for equal bytes.
+
+    Raises:
+        OSError: what the system refused; safetensors itself has a type of its own for it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def load_sealed(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mi_weightspace.core.json_io import DamagedJson, is_plain_name, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -186,16 +188,16 @@ def resolve(model: str | Path) -> Path:
     Raises:
         CheckpointError: neither a folder nor a repository that can be reached.
     """
-    path = Path(model).expanduser()
-    if str(model) and path.is_dir():
+    path = Path(model)
+    try:
+        path = path.expanduser()
+        there = "file" if path.is_file() else "folder" if path.is_dir() else ""
+    except (OSError, RuntimeError) as error:  # a name no file can have, no such user
+        raise _no_model(model, f"no path ({error})") from error
+    if str(model) and there == "folder":
         return path
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"model {str(model)!r}",
-            given="a file" if path.is_file() else "no such folder",
-            expected="a local folder (save_pretrained) or a hub id ORGANISATION/NAME",
-            remedy="Check the path.",
-        )
+    if there or not _HUB_ID.fullmatch(str(model)):
+        raise _no_model(model, "a file" if there == "file" else "no such folder")
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -214,6 +216,15 @@ def resolve(model: str | Path) -> Path:
             remedy="Check the name, the network and your access token.",
         ) from error
     return Path(found)
+
+
+def _no_model(model: str | Path, given: str) -> CheckpointError:
+    return CheckpointError(
+        f"model {str(model)!r}"[:300],
+        given=given[:300],
+        expected="a local folder (save_pretrained) or a hub id ORGANISATION/NAME",
+        remedy="Check the path.",
+    )
 
 
 def refuse_non_finite(tensor: Tensor, name: str, where: str) -> Tensor:
