@@ -25,7 +25,7 @@ from probes.sae_disk import BATCH_TOPK, config_of, read_folder, sae_of, write_fo
 SEED_EXPERIMENT = "gemma-scope-2-1b-it-res:layer_13_width_16k_l0_medium"
 """``release:id`` of Gemma Scope 2: gemma-3-1b-it, residual stream after block 13, 16,384 latents,
 L0 about 60. Its siblings end in ``l0_small`` (20) and ``l0_big`` (150)."""
-TRAINABLE = ("standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", *BATCH_TOPK[1:])
+TRAINABLE = ("standard", "gated", "topk", "abstopk", "jumprelu", *BATCH_TOPK, "matching_pursuit")
 
 
 def load_sae(source: Any) -> Sae:
@@ -116,7 +116,7 @@ def to_saelens(sae: Sae) -> Any:
     """
     library = sae_lens()
     made = library.SAE.from_dict(config_of(sae))
-    made.load_state_dict({name: value.clone() for name, value in sae.tensors().items()})
+    made.load_state_dict({name: value.clone() for name, value in sae.saved_tensors().items()})
     return made
 
 

@@ -50,8 +50,9 @@ class SaeSettings:
     """How a small SAE is trained.
 
     Attributes:
-        architecture: any that SAELens trains but matching pursuit.
-        k: active latents a token, of the top-k architectures (default `K`).
+        architecture: any that SAELens trains.
+        k: active latents a token, of the top-k architectures (default `K`); of
+            ``matching_pursuit`` the most iterations.
         l1: sparsity coefficient of ``standard`` and ``gated``, L0 coefficient of ``jumprelu``
             (default 1). Activations are centred and scaled to norm √d first, so that neither it
             nor `lr` depends on the model's units.
@@ -78,16 +79,19 @@ class SaeSettings:
                 raise _bad(name, getattr(self, name), "at least 1")
         if not 0 < self.lr < 1:
             raise _bad("lr", self.lr, "between 0 and 1")
-        if self.k is not None and ("topk" not in self.architecture or not 0 < self.k < self.d_sae):
-            raise _bad("k", self.k, "between 1 and d_sae, for a top-k architecture")
-        if self.l1 is not None and ("topk" in self.architecture or self.l1 < 0):
+        counted = "topk" in self.architecture or self.architecture == "matching_pursuit"
+        if self.k is not None and not (counted and 0 < self.k < self.d_sae):
+            raise _bad("k", self.k, "between 1 and d_sae, for a top-k architecture or a pursuit")
+        if self.l1 is not None and (counted or self.l1 < 0):
             raise _bad("l1", self.l1, "not negative, for an architecture without k")
 
     def fields(self, d_in: int) -> dict[str, Any]:
         """SAELens' configuration."""
         own: dict[str, Any] = {"d_in": d_in, "d_sae": self.d_sae}
-        if "topk" in self.architecture:
-            k = min(K, self.d_sae // 2) if self.k is None else self.k
+        k = min(K, self.d_sae // 2) if self.k is None else self.k
+        if self.architecture == "matching_pursuit":
+            own |= {"max_iterations": max(1, k), "decoder_init_norm": 1.0}
+        elif "topk" in self.architecture:
             own["k"] = float(k) if self.architecture in BATCH_TOPK else k
         elif self.architecture in ("standard", "gated"):
             own["l1_coefficient"] = 1.0 if self.l1 is None else self.l1

@@ -1,8 +1,8 @@
 """Sparse autoencoders as tensors: encode, decode, and the two null dictionaries.
 
 No library is named here (`probes.sae_io` reads and writes theirs). Row vectors throughout:
-``f = rule(x W_enc + b_enc)``, ``x̂ = f W_dec + b_dec``. The rules are those of SAELens 6.54, checked
-against it to 1e-6 for every architecture it trains.
+``f = rule(x W_enc + b_enc)``, ``x̂ = f W_dec + b_dec`` (matching pursuit: `core.sae_pursuit`). The
+rules are those of SAELens 6.54, checked against it to 1e-6 for every architecture it trains.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from mi_weightspace.core.sae_parts import (
     SaeMetadata,
     blank_biases,
     check_parts,
+    check_stops,
     level_of,
+    needed,
 )
+from mi_weightspace.core.sae_pursuit import Stops, pursue, stops_for
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.space import Space
 
@@ -50,6 +53,10 @@ class Sae:
         apply_b_dec_to_input: ``x − b_dec`` is encoded.
         rescale_acts_by_decoder_norm: top-k sees (and returns) pre-activations times the decoder's
             row norms; decoding divides by them.
+        residual_threshold, max_iterations, stop_on_duplicate_support: when ``matching_pursuit``
+            stops: a residual of smaller norm (0: no such stop), so many steps (None: d_in), a step
+            without a new latent. Its `W_enc` is `W_dec` transposed; `b_dec` is added only where it
+            was taken away.
 
     Raises:
         MismatchError: an unknown architecture, missing or misshapen tensors, non-finite values, a
@@ -69,10 +76,14 @@ class Sae:
     k: int | None = None
     apply_b_dec_to_input: bool = False
     rescale_acts_by_decoder_norm: bool = False
+    residual_threshold: float = 1e-2
+    max_iterations: int | None = None
+    stop_on_duplicate_support: bool = True
     metadata: SaeMetadata = field(default_factory=SaeMetadata)
 
     def __post_init__(self) -> None:
         check_parts(self.architecture, self.tensors(), self.k, self.metadata.source)
+        check_stops(self.residual_threshold, self.max_iterations, self.metadata.source)
 
     def __repr__(self) -> str:
         where = self.metadata.hook_name or self.metadata.hf_hook_name or "an unnamed point"
@@ -113,6 +124,11 @@ class Sae:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Those a file holds: a tied encoder is left out."""
+        wanted = (*needed(self.architecture), "W_skip")
+        return {name: value for name, value in self.tensors().items() if name in wanted}
+
     def to(self, device: torch.device | str) -> Sae:
         """The same on another device; itself where it is there already."""
         if self.W_enc.device == torch.device(device):
@@ -142,7 +158,7 @@ class Sae:
     def _activate(
         self, x: Float[Tensor, "*n d_in"]
     ) -> tuple[Float[Tensor, "*n d_sae"], Bool[Tensor, "*n d_sae"]]:
-        """(values, which count) of every rule but the top-k ones."""
+        """(values, which count) of the rules that look at each latent by itself."""
         product = self._input(x) @ self.W_enc
         if self.rule == "gated":
             assert self.b_gate is not None and self.b_mag is not None and self.r_mag is not None
@@ -169,6 +185,11 @@ class Sae:
         found = pre.topk(self.k, dim=-1, sorted=False)
         return found.values.relu(), found.indices
 
+    @property
+    def _stops(self) -> Stops:
+        steps = self.d_in if self.max_iterations is None else self.max_iterations
+        return Stops(steps, self.residual_threshold, self.stop_on_duplicate_support)
+
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_sae"]:
         """Codes, dense.
@@ -180,6 +201,9 @@ class Sae:
             value, index = self._top(x)
             out = value.new_zeros(*value.shape[:-1], self.d_sae)
             return out.scatter_(-1, index, value)
+        if self.rule == "pursuit":
+            codes = pursue(self._input(x).reshape(-1, self.d_in), self.W_dec, self._stops)
+            return codes.view(*x.shape[:-1], self.d_sae)
         value, active = self._activate(x)
         return torch.where(active, value, torch.zeros_like(value))
 
@@ -191,14 +215,14 @@ class Sae:
         few entries that may be active, a little generously; the rule itself is applied to those.
         """
         rows = min(max(1, CHUNK_ELEMENTS // self.d_sae), max(1, x.shape[0]))
+        if self.rule == "pursuit":
+            found = (pursue(part, self.W_dec, self._stops) for part in self._input(x).split(rows))
+            return SparseCodes.join([SparseCodes.of_dense(codes) for codes in found], self.d_sae)
         buffer = torch.empty(rows, self.d_sae, dtype=self.W_enc.dtype, device=self.W_enc.device)
+        pick = self._largest if self.rule in ("topk", "abstopk") else self._above
         parts = []
         for part in self._input(x).split(rows):
-            product = torch.mm(part, self.W_enc, out=buffer[: len(part)])
-            if self.rule in ("topk", "abstopk"):
-                parts.append(self._largest(product))
-            else:
-                parts.append(self._above(product))
+            parts.append(pick(torch.mm(part, self.W_enc, out=buffer[: len(part)])))
         return SparseCodes.join(parts, self.d_sae)
 
     @cached_property
@@ -270,8 +294,15 @@ class Sae:
         if self.rescale_acts_by_decoder_norm:
             codes = codes * (1 / self._row_norm)
         if isinstance(codes, SparseCodes):
-            return codes.times(self.W_dec) + self.b_dec
-        return codes @ self.W_dec + self.b_dec
+            return codes.times(self.W_dec) + self._offset
+        return codes @ self.W_dec + self._offset
+
+    @property
+    def _offset(self) -> Float[Tensor, " d_out"]:
+        """What no active latent decodes to."""
+        if self.rule == "pursuit" and not self.apply_b_dec_to_input:
+            return torch.zeros_like(self.b_dec)
+        return self.b_dec
 
     # ---- L0 --------------------------------------------------------------------------------
     def l0(self, x: Float[Tensor, "n d_in"]) -> float:
@@ -282,8 +313,9 @@ class Sae:
     def with_l0(self, x: Float[Tensor, "n d_in"], l0: float) -> Sae:
         """The same dictionary with one number moved so that its L0 on `x` is `l0`.
 
-        Top-k rules take k = round(l0). Otherwise every threshold rises by one amount (a bias
-        falls by it where the rule has no threshold): the amount that leaves ``n·l0``
+        Top-k rules take k = round(l0); a pursuit the `max_iterations` that come nearest, and no
+        other stop where those end it too soon. Otherwise every threshold rises by one amount (a
+        bias falls by it where the rule has no threshold): the amount that leaves ``n·l0``
         pre-activations above.
 
         Raises:
@@ -300,6 +332,8 @@ class Sae:
             return replace(self, k=max(1, round(l0)))
         rows = max(1, LEVEL_ELEMENTS // self.d_sae)
         x = x[:: max(1, -(-x.shape[0] // rows))]
+        if self.rule == "pursuit":
+            return replace(self, **stops_for(self._input(x), self.W_dec, self._stops, l0))
         if self.rule == "gated":
             return self._gated_with_l0(x, l0)
         assert self.b_enc is not None
@@ -339,13 +373,15 @@ class Sae:
         q, r = torch.linalg.qr(torch.randn(self.d_in, self.d_in, generator=draw))
         q = (q * r.diagonal().sign()).to(self.W_enc)
         centre = self._centre(x)
-        changes: dict[str, Any] = {"W_enc": q @ self.W_enc}
+        changes: dict[str, Any] = {"W_enc": q @ self.W_enc, "W_skip": None}
         if self.reconstructs:
-            changes |= {"W_dec": self.W_dec @ q.T, "b_dec": centre + (self.b_dec - centre) @ q.T}
-        if not self.apply_b_dec_to_input:
+            changes |= {"W_dec": self.W_dec @ q.T, "b_dec": centre + (self._offset - centre) @ q.T}
+        if self.rule == "pursuit":  # tied to the last bit; what a turn adds goes through b_dec
+            changes |= {"W_enc": changes["W_dec"].T, "apply_b_dec_to_input": True}
+        elif not self.apply_b_dec_to_input:
             moved = (centre - centre @ q) @ self.W_enc
             changes |= self._shifted(moved)
-        turned = replace(self, W_skip=None, **changes)
+        turned = replace(self, **changes)
         if x is None or self.rule in ("topk", "abstopk"):
             return turned
         return turned.with_l0(x, self.l0(x))
@@ -361,7 +397,7 @@ class Sae:
     def _centre(self, x: Float[Tensor, "n d_in"] | None) -> Float[Tensor, " d_in"]:
         if x is not None:
             return x.to(self.W_enc).mean(0)
-        return self.b_dec if self.reconstructs else self.b_dec.new_zeros(self.d_in)
+        return self._offset if self.reconstructs else self.b_dec.new_zeros(self.d_in)
 
     @torch.no_grad()
     def randomised(
@@ -372,7 +408,8 @@ class Sae:
         Args:
             l0: mean number of active latents to match; default: this SAE's k, or its L0 on `x`.
             x: activations the threshold is set on. Rules without a k need them; without, the
-                random dictionary takes the round(l0) largest latents of each token instead.
+                random dictionary takes the round(l0) largest latents of each token instead (a
+                pursuit takes so many steps).
 
         Raises:
             ConfigError: neither a k, nor `l0`, nor activations.
@@ -396,7 +433,11 @@ class Sae:
         centre = self._centre(x)
         seen = centre - self.b_dec if self.apply_b_dec_to_input else centre
         parts: dict[str, Any] = blank_biases(self.rule, -(rows @ seen))
+        if self.rule == "pursuit":  # the centre is taken away in the input
+            parts = {"apply_b_dec_to_input": True, "b_dec": centre}
         drawn = replace(self, W_enc=rows.T, W_dec=out, W_skip=None, **parts)
+        if x is None and self.rule == "pursuit":
+            return replace(drawn, max_iterations=max(1, round(l0)))
         if x is None and self.rule not in ("topk", "abstopk"):
             parts = {"architecture": "topk", "threshold": None, "b_gate": None}
             parts |= {"b_mag": None, "r_mag": None, "k": max(1, round(l0))}

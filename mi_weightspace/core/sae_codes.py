@@ -40,6 +40,12 @@ class SparseCodes:
         return cls(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), latent, value, d_sae)
 
     @classmethod
+    def of_dense(cls, codes: Float[Tensor, "n d_sae"]) -> SparseCodes:
+        """The entries that are not zero."""
+        place, d_sae = where_true(codes != 0), codes.shape[1]
+        return cls(row_offsets(place, *codes.shape), place % d_sae, codes.view(-1)[place], d_sae)
+
+    @classmethod
     def join(cls, parts: Sequence[SparseCodes], d_sae: int) -> SparseCodes:
         """The tokens of all parts, in order."""
         if len(parts) == 1:

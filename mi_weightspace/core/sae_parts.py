@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,13 +14,14 @@ from torch import Tensor
 from mi_weightspace.core.errors import MismatchError
 
 Convention = Literal["raw", "centred", "unknown"]
-Rule = Literal["relu", "gated", "topk", "abstopk", "jumprelu"]
+Rule = Literal["relu", "gated", "topk", "abstopk", "jumprelu", "pursuit"]
 RULES: dict[str, Rule] = {
     "standard": "relu",
     "gated": "gated",
     "topk": "topk",
     "abstopk": "abstopk",
     "jumprelu": "jumprelu",
+    "matching_pursuit": "pursuit",
     "transcoder": "relu",
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
@@ -65,12 +67,15 @@ _EXPECTED: Mapping[Rule, tuple[str, ...]] = {
     "abstopk": ("b_enc",),
     "jumprelu": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
+    "pursuit": (),
 }
 
 
 def needed(architecture: str) -> tuple[str, ...]:
-    """Names of the tensors an architecture must have."""
-    return ("W_enc", "W_dec", "b_dec", *_EXPECTED[RULES[architecture]])
+    """Names of the tensors an architecture is saved by; a tied encoder is no tensor of its own."""
+    rule = RULES[architecture]
+    encoder = () if rule == "pursuit" else ("W_enc",)
+    return (*encoder, "W_dec", "b_dec", *_EXPECTED[rule])
 
 
 def check_parts(
@@ -84,7 +89,7 @@ def check_parts(
     source = source or "SAE"
     if architecture not in RULES:
         raise _refusal(source, "architecture", repr(architecture), f"one of {sorted(RULES)}")
-    for name in needed(architecture):
+    for name in ("W_enc", *needed(architecture)):
         if name not in tensors:
             raise _refusal(source, name, "nothing", f"a tensor, as {architecture} SAEs have")
     shapes = {name: tuple(tensors[name].shape) for name in ("W_enc", "W_dec")}
@@ -102,6 +107,22 @@ def check_parts(
             raise _refusal(source, name, "values that are not finite", "finite weights")
     if RULES[architecture] in ("topk", "abstopk") and not (k and 0 < k <= d_sae):
         raise _refusal(source, "k", repr(k), f"between 1 and d_sae = {d_sae}")
+    if RULES[architecture] == "pursuit" and not torch.equal(tensors["W_enc"], tensors["W_dec"].T):
+        raise _refusal(source, "W_enc", "a matrix of its own", "the transpose of W_dec")
+
+
+def check_stops(residual_threshold: float, max_iterations: int | None, source: str = "") -> None:
+    """Stopping rules of a pursuit.
+
+    Raises:
+        MismatchError: no finite threshold, or fewer iterations than one.
+    """
+    source = source or "SAE"
+    if not math.isfinite(residual_threshold):
+        given = repr(residual_threshold)
+        raise _refusal(source, "residual_threshold", given, "a finite number (0: no such stop)")
+    if max_iterations is not None and max_iterations < 1:
+        raise _refusal(source, "max_iterations", repr(max_iterations), "None, or at least 1")
 
 
 def _refusal(source: str, key: str, given: str, expected: str) -> MismatchError:
@@ -116,6 +137,8 @@ def _refusal(source: str, key: str, given: str, expected: str) -> MismatchError:
 def blank_biases(rule: Rule, bias: Float[Tensor, " d_sae"]) -> dict[str, Tensor]:
     """A rule's parameters with `bias` added to every pre-activation and nothing else."""
     zero = torch.zeros_like(bias)
+    if rule == "pursuit":  # it has none
+        return {}
     if rule == "gated":
         return {"b_gate": bias, "b_mag": bias, "r_mag": zero}
     return {"b_enc": bias, "threshold": zero} if rule == "jumprelu" else {"b_enc": bias}

@@ -17,7 +17,8 @@ from mi_weightspace.core.space import Space
 
 pytestmark = pytest.mark.quick
 D, H, N = 12, 40, 30
-AUTOENCODERS = ("standard", "gated", "topk", "abstopk", "jumprelu")
+LINEAR = ("standard", "gated", "topk", "abstopk", "jumprelu")
+AUTOENCODERS = (*LINEAR, "matching_pursuit")
 TRANSCODERS = (
     "transcoder",
     "skip_transcoder",
@@ -42,6 +43,10 @@ def make(architecture: str, seed: int = 0, **changes: Any) -> Sae:
     if "topk" in architecture:
         parts["k"] = 5
     parts = {"W_enc": rand(D, H), "W_dec": rand(H, d_out), "b_dec": rand(d_out)} | parts
+    if architecture == "matching_pursuit":
+        rows = parts["W_dec"] / parts["W_dec"].norm(dim=1, keepdim=True)
+        rows = rows * (0.8 + 0.4 * torch.rand(H, 1, generator=draw))  # not all of norm one
+        parts |= {"W_enc": rows.T, "W_dec": rows, "b_enc": None}
     return Sae(architecture, **(parts | changes))
 
 
@@ -50,8 +55,30 @@ def points(n: int = N, seed: int = 1) -> torch.Tensor:
     return torch.randn(n, D, generator=draw) + 0.5
 
 
+def naive_pursuit(sae: Sae, x: torch.Tensor) -> torch.Tensor:
+    """One token after the other; supports are kept as sets."""
+    rows, bias = sae.W_dec.double(), sae.b_dec.double()
+    out = torch.zeros(len(x), sae.d_sae, dtype=torch.float64)
+    for t, token in enumerate(x.double()):
+        rest, support = token - bias if sae.apply_b_dec_to_input else token.clone(), set()
+        for _ in range(sae.max_iterations or sae.d_in):
+            products = [float(row @ rest) for row in rows]
+            best = max(range(sae.d_sae), key=products.__getitem__)
+            amount = max(products[best], 0.0)
+            out[t, best] += amount
+            rest = rest - amount * rows[best]
+            before, support = support, support | ({best} if amount else set())
+            if sae.stop_on_duplicate_support and support == before:
+                break
+            if float(rest.norm()) < sae.residual_threshold:
+                break
+    return out
+
+
 def naive(sae: Sae, x: torch.Tensor) -> torch.Tensor:
     """One token and one latent at a time, float64, from the papers' formulas."""
+    if sae.architecture == "matching_pursuit":
+        return naive_pursuit(sae, x)
     w = {name: value.double() for name, value in sae.tensors().items()}
     out = torch.zeros(len(x), sae.d_sae, dtype=torch.float64)
     columns = w["W_enc"].T.tolist()
@@ -96,7 +123,9 @@ def test_codes_are_the_formulas(architecture: str, applied: bool, rescaled: bool
     codes = sae.encode(x)
     assert (codes - expected).abs().max() < 1e-6 * expected.abs().max() + 1e-6
     norm = sae.W_dec.double().norm(dim=1) if rescaled else torch.ones(H, dtype=torch.float64)
-    decoded = (expected / norm) @ sae.W_dec.double() + sae.b_dec.double()
+    tied = architecture == "matching_pursuit"  # adds only what it took away
+    bias = sae.b_dec.double() * (applied or not tied)
+    decoded = (expected / norm) @ sae.W_dec.double() + bias
     assert (sae.decode(codes) - decoded).abs().max() < 1e-5 * decoded.abs().max()
     assert torch.equal(sae.encode(x.reshape(2, 4, D)).reshape(8, H), codes)
 
@@ -145,7 +174,7 @@ def test_rotated_is_the_trained_dictionary_on_turned_activations(
     q = turned.W_enc.double() @ torch.linalg.pinv(sae.W_enc.double())
     assert (q @ q.T - torch.eye(D)).abs().max() < 1e-5
     assert (q - torch.eye(D)).abs().max() > 0.3
-    x, centre = points().double(), sae.b_dec.double()
+    x, centre = points().double(), sae.decode(torch.zeros(H)).double()
     back = (centre + (x - centre) @ q.T).float()
     assert (turned.encode(back) - sae.encode(x.float())).abs().max() < 1e-4
     rebuilt = turned.decode(turned.encode(back)).double()
@@ -159,15 +188,16 @@ def test_rotated_is_the_trained_dictionary_on_turned_activations(
 def test_nulls_keep_width_rule_and_l0(architecture: str) -> None:
     sae, x = make(architecture), points(200) + 3.0
     l0 = sae.l0(x)
+    near = 0.5 if architecture == "matching_pursuit" else 0.05  # whole steps
     for null in (sae.rotated(1, x), sae.randomised(1, x=x)):
         assert (null.d_in, null.d_sae, null.rule) == (D, H, sae.rule)
-        assert null.l0(x) == pytest.approx(l0, abs=0.05)
+        assert null.l0(x) == pytest.approx(l0, abs=near)
     drawn = sae.randomised(1, x=x)
     assert (drawn.W_enc.norm(dim=0) - 1).abs().max() < 1e-5
     if sae.reconstructs:
         assert torch.equal(drawn.W_enc.T, drawn.W_dec)
     assert (drawn.W_enc * sae.W_enc).sum(0).abs().mean() < 2.0  # not the trained rows
-    assert drawn.randomised(1, l0=3.0, x=x).l0(x) == pytest.approx(3.0, abs=0.05)
+    assert drawn.randomised(1, l0=3.0, x=x).l0(x) == pytest.approx(3.0, abs=near)
 
 
 def test_random_latents_do_not_all_fire_on_the_mean() -> None:
@@ -186,7 +216,7 @@ def test_without_activations_the_largest_latents_are_taken() -> None:
         make("standard").randomised(0)
 
 
-@pytest.mark.parametrize("architecture", AUTOENCODERS)
+@pytest.mark.parametrize("architecture", LINEAR)
 @pytest.mark.parametrize("l0", [2.0, 7.5, 25.0])
 def test_l0_is_set(architecture: str, l0: float) -> None:
     sae, x = make(architecture), points(100)
@@ -210,7 +240,10 @@ def test_l0_is_set(architecture: str, l0: float) -> None:
         ({"W_enc": torch.ones(D)}, "W_enc"),
         ({"k": 0}, "k"),
         ({"k": H + 1}, "k"),
-        ({"architecture": "matching_pursuit"}, "architecture"),
+        ({"architecture": "temporal"}, "architecture"),
+        ({"architecture": "matching_pursuit"}, "W_enc.*transpose"),
+        ({"max_iterations": 0}, "max_iterations"),
+        ({"residual_threshold": float("nan")}, "residual_threshold"),
         ({"architecture": "gated"}, "b_gate"),
         ({"architecture": "jumprelu"}, "threshold"),
     ],
@@ -219,6 +252,56 @@ def test_refusals_name_the_part(changes: dict[str, Any], words: str) -> None:
     sae = make("topk").described(source="folder/sae_weights.safetensors")
     with pytest.raises(MismatchError, match=f"folder/sae_weights.safetensors, {words}"):
         replace(sae, **changes)
+
+
+STOPS = [
+    {"max_iterations": 3},
+    {"residual_threshold": 1.8, "stop_on_duplicate_support": False},
+    {"residual_threshold": 0.0, "stop_on_duplicate_support": False, "max_iterations": 25},
+    {"residual_threshold": 0.0},
+    {"residual_threshold": 1.8},
+]
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("stops", STOPS)
+def test_a_pursuit_stops_where_it_should(stops: dict[str, Any], applied: bool) -> None:
+    sae, x = make("matching_pursuit", apply_b_dec_to_input=applied, **stops), points(12)
+    expected = naive(sae, x)
+    others = [make("matching_pursuit", apply_b_dec_to_input=applied, **s) for s in STOPS]
+    assert sum(torch.allclose(expected, naive(other, x)) for other in others) == 1  # it matters
+    scale = expected.abs().max()
+    assert (sae.encode(x) - expected).abs().max() < 1e-5 * scale
+    assert (sae.encode_sparse(x).dense() - expected).abs().max() < 1e-5 * scale
+
+
+def test_the_steps_of_a_pursuit_are_set_for_an_l0() -> None:
+    sae, x = make("matching_pursuit"), points(60)
+    for l0 in (1.2, 4.0, 6.4):
+        moved = sae.with_l0(x, l0)
+        assert moved.max_iterations is not None
+        gap = abs(moved.l0(x) - l0)
+        for step in (-1, 1):
+            other = replace(sae, max_iterations=max(1, moved.max_iterations + step))
+            assert gap <= abs(other.l0(x) - l0) + 1e-6
+    far = float(sae.l0(x)) + 2  # where its stops would end it sooner
+    moved = sae.with_l0(x, far)
+    assert moved.l0(x) == pytest.approx(far, abs=0.6) and not moved.stop_on_duplicate_support
+    for bad in (0.0, float(H), float("nan")):
+        with pytest.raises(ConfigError, match="l0"):
+            sae.with_l0(x, bad)
+    assert sae.randomised(0, l0=3.2).max_iterations == 3
+    # nothing to take: no latent, and no endless search for one
+    rows = -sae.W_dec.abs()
+    still = replace(sae, W_enc=rows.T, W_dec=rows)
+    assert still.encode_sparse(points().abs()).l0 == 0
+    assert still.with_l0(points().abs(), 3.0).max_iterations == 1
+
+
+def test_a_tied_encoder_is_saved_once() -> None:
+    assert set(make("matching_pursuit").saved_tensors()) == {"W_dec", "b_dec"}
+    assert set(make("gated").saved_tensors()) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag",
+                                                  "r_mag"}  # fmt: skip
 
 
 def test_wrong_width_of_activations_is_refused() -> None:

@@ -32,6 +32,7 @@ TRAINED = {
     "batchtopk": {"k": float(K)},
     "jumprelu": {},
     "matryoshka_batchtopk": {"k": float(K), "matryoshka_widths": [12, 24, H]},
+    "matching_pursuit": {"decoder_init_norm": 1.0},
 }
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 
@@ -44,6 +45,10 @@ def randomise(sae: Any, seed: int = 0) -> Any:
             value.copy_(0.5 * torch.randn(value.shape, generator=draw))
             if name == "threshold":
                 value.abs_()
+        if sae.cfg.architecture() == "matching_pursuit":  # much longer rows diverge
+            sae.W_dec.mul_(
+                (0.8 + 0.4 * torch.rand(H, 1, generator=draw)) / sae.W_dec.norm(dim=1, keepdim=True)
+            )
         if hasattr(sae, "topk_threshold"):
             sae.topk_threshold.fill_(0.7)
     return sae
@@ -126,7 +131,63 @@ def test_transcoders(architecture: str, tmp_path: Path) -> None:
         assert ours.d_out == D + 3 and not ours.reconstructs
 
 
-@pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "abstopk", "jumprelu"])
+STOPS = [
+    {"max_iterations": 3},
+    {"residual_threshold": 1.5, "stop_on_duplicate_support": False},
+    {"residual_threshold": 0.0, "stop_on_duplicate_support": False, "max_iterations": 30},
+    {"residual_threshold": 1.5},
+    {"residual_threshold": 0.0},
+]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("stops", STOPS)
+def test_the_stops_of_a_matching_pursuit(
+    stops: dict[str, Any], applied: bool, tmp_path: Path
+) -> None:
+    trained = training_sae("matching_pursuit", apply_b_dec_to_input=applied, **stops)
+    trained.save_inference_model(tmp_path / "theirs")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "theirs")
+    live = load_sae(trained)
+    others = [training_sae("matching_pursuit", apply_b_dec_to_input=applied, **s) for s in STOPS]
+    x = points()
+    with torch.no_grad():  # each of the stops matters here
+        assert sum(torch.allclose(other.encode(x), theirs.encode(x)) for other in others) == 1
+    save_sae(live, tmp_path / "ours")
+    assert set(load_file(tmp_path / "ours" / WEIGHTS)) == {"W_dec", "b_dec"}
+    for ours in (live, load_sae(tmp_path / "theirs"), load_sae(tmp_path / "ours")):
+        assert_same(ours, theirs)
+        assert_same(ours, to_saelens(ours))
+        cubes = x.view(4, 16, D)
+        assert torch.equal(ours.encode(cubes), ours.encode(x).view(4, 16, H))
+        with torch.no_grad():
+            gap = ours.decode(ours.encode(x)) - theirs.decode(theirs.encode(x))
+        assert gap.abs().max() <= 1e-6 * x.abs().max()
+    assert_same(load_sae(tmp_path / "ours"), sae_lens.SAE.load_from_disk(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("residual_threshold", "small"),
+        ("residual_threshold", float("nan")),
+        ("max_iterations", 0),
+        ("max_iterations", 2.5),
+        ("stop_on_duplicate_support", "yes"),
+    ],
+)
+def test_stops_that_are_none(key: str, value: Any, tmp_path: Path) -> None:
+    training_sae("matching_pursuit").save_inference_model(tmp_path)
+    edited(tmp_path, key, value)
+    with pytest.raises((CheckpointError, MismatchError), match=key) as caught:
+        load_sae(tmp_path)
+    assert str(tmp_path) in caught.value.subject
+
+
+SAVED = ["standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit"]
+
+
+@pytest.mark.parametrize("architecture", SAVED)
 def test_what_we_save_saelens_loads(architecture: str, tmp_path: Path) -> None:
     ours = load_sae(training_sae(architecture)).described(
         convention="centred", prepend_bos=True, context_size=32
@@ -147,18 +208,18 @@ def test_transcoder_round_trip(tmp_path: Path) -> None:
     assert_same(ours, to_saelens(ours))
 
 
-def test_matching_pursuit_is_refused(tmp_path: Path) -> None:
-    from sae_lens.registry import get_sae_training_class
-
-    made, config = get_sae_training_class("matching_pursuit")
-    theirs = made(config(d_in=D, d_sae=H))
-    with pytest.raises(CheckpointError, match="iteration over the input"):
-        load_sae(theirs)
-    theirs.save_inference_model(tmp_path)
-    with pytest.raises(CheckpointError, match=r"cfg\.json, architecture.*matching_pursuit"):
+def test_temporal_is_refused(tmp_path: Path) -> None:
+    training_sae("topk").save_inference_model(tmp_path)
+    edited(tmp_path, "architecture", "temporal")
+    with pytest.raises(CheckpointError, match=r"cfg\.json, architecture.*earlier tokens"):
         load_sae(tmp_path)
-    with pytest.raises(CheckpointError, match="earlier tokens"):
-        sae_io.sae_of({"architecture": "temporal", "metadata": {}}, {}, "x")
+
+
+def test_every_architecture_saelens_trains_is_held_to_it() -> None:
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+    own = {name for name in SAE_TRAINING_CLASS_REGISTRY if "transcoder" not in name}
+    assert own - {"temporal"} == {*TRAINED} == {*sae_io.TRAINABLE}
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def same(a: Sae, b: Sae) -> bool:
 @pytest.mark.parametrize("architecture", sae_io.TRAINABLE)
 def test_every_architecture_learns(architecture: str, lens: TorchLens) -> None:
     before = torch.get_rng_state()
-    k = {"k": 8} if "topk" in architecture else {}
+    k = {"k": 8} if "topk" in architecture or architecture == "matching_pursuit" else {}
     steps = 200 if "topk" in architecture else 100
     sae = train(lens, architecture=architecture, steps=steps, lr=3e-3, **k)
     assert torch.equal(torch.get_rng_state(), before)
@@ -215,13 +215,15 @@ def test_the_stream_gives_every_token_once_an_epoch(buffer: int | None, lens: To
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architecture": "matching_pursuit"}, "architecture"),
+        ({"architecture": "temporal"}, "architecture"),
         ({"architecture": "nonsense"}, "architecture"),
         ({"k": 0}, "k"),
         ({"k": 64}, "k"),
         ({"architecture": "standard", "k": 3}, "k"),
         ({"l1": 1.0}, "l1"),
         ({"architecture": "standard", "l1": -1.0}, "l1"),
+        ({"architecture": "matching_pursuit", "l1": 1.0}, "l1"),
+        ({"architecture": "matching_pursuit", "k": 64}, "k"),
         ({"steps": 0}, "steps"),
         ({"batch": 0}, "batch"),
         ({"lr": 0.0}, "lr"),
@@ -246,5 +248,6 @@ def test_other_refusals(lens: TorchLens) -> None:
 def test_defaults_are_within_range() -> None:
     assert SaeSettings(64).fields(8)["k"] == 16
     assert SaeSettings(20).fields(8)["k"] == 10
+    assert SaeSettings(64, "matching_pursuit", k=3).fields(8)["max_iterations"] == 3
     widths = SaeSettings(64, "matryoshka_batchtopk").fields(8)["matryoshka_widths"]
     assert widths == [16, 32, 64]
