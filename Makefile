@@ -29,6 +29,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/svd_diff.py
+	$(BIN)/python benchmarks/svd_diff.py --full
 	$(BIN)/python benchmarks/activation_stats.py
 	$(BIN)/python benchmarks/vpd_step.py
 	$(BIN)/python benchmarks/diff_vpd_scale.py
