@@ -298,6 +298,16 @@ def test_the_steps_of_a_pursuit_are_set_for_an_l0() -> None:
     assert still.with_l0(points().abs(), 3.0).max_iterations == 1
 
 
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_pursuit_turns_about_the_mean(applied: bool) -> None:
+    sae, x = make("matching_pursuit", apply_b_dec_to_input=applied, max_iterations=4), points()
+    turned = replace(sae.rotated(3, x), max_iterations=4, stop_on_duplicate_support=True)
+    turned = replace(turned, residual_threshold=sae.residual_threshold)
+    q = turned.W_enc @ torch.linalg.pinv(sae.W_enc)
+    back = x.mean(0) + (x - x.mean(0)) @ q.T
+    assert (turned.encode(back) - sae.encode(x)).abs().max() < 1e-4
+
+
 def test_a_tied_encoder_is_saved_once() -> None:
     assert set(make("matching_pursuit").saved_tensors()) == {"W_dec", "b_dec"}
     assert set(make("gated").saved_tensors()) == {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag",
