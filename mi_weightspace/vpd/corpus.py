@@ -109,11 +109,21 @@ def _dataset(path: Path) -> list[Any]:
 
 
 def _npy(path: Path) -> list[Any]:
+    from tokenize import TokenError  # numpy's reader of old headers lets it through
+
     import numpy as np
 
     try:
         return [torch.from_numpy(np.load(path, allow_pickle=False))]
-    except (ValueError, TypeError, SyntaxError, EOFError, OSError, MemoryError) as error:
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        TokenError,
+        EOFError,
+        OSError,
+        MemoryError,
+    ) as error:
         raise _refused(path, f"no array of numbers ({error})", "token ids", "Save ids.") from error
 
 
