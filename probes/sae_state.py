@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mi_weightspace.core.errors import CheckpointError, ConfigError
 from mi_weightspace.core.json_io import DamagedJson, take
+from mi_weightspace.core.output_io import writing
 from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 
 STATE = "training.safetensors"
@@ -27,6 +28,9 @@ def save(trainer: Any, path: Path, record: Mapping[str, Any]) -> None:
 
     Args:
         record: what must be the same for the run to be continued.
+
+    Raises:
+        OutputError: a folder that cannot be written, or a full disk; the last checkpoint stays.
     """
     tensors = {f"sae/{name}": value for name, value in trainer.sae.state_dict().items()}
     for number, state in trainer.optimizer.state_dict()["state"].items():
@@ -35,10 +39,11 @@ def save(trainer: Any, path: Path, record: Mapping[str, Any]) -> None:
         tensors[name] = getattr(trainer, name)
     counts = {name: getattr(trainer, name) for name in _COUNTS}
     partial = path.with_name(f".{path.name}.partial")
-    save_sealed(tensors, partial, _HEADER, {"record": dict(record), "counts": counts})
-    with partial.open("rb") as handle:
-        os.fsync(handle.fileno())
-    partial.rename(path)
+    with writing(path.parent, "checkpoints in"):
+        save_sealed(tensors, partial, _HEADER, {"record": dict(record), "counts": counts})
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        partial.rename(path)
 
 
 def restore(trainer: Any, path: Path, record: Mapping[str, Any]) -> int:

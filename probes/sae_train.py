@@ -28,6 +28,7 @@ from mi_weightspace.core.errors import (
 )
 from mi_weightspace.core.hook_names import hook_of_space
 from mi_weightspace.core.json_io import DamagedJson, parse_json, take
+from mi_weightspace.core.output_io import writing
 from mi_weightspace.core.sae import Sae
 from mi_weightspace.core.seeds import derive
 from mi_weightspace.core.space import Space
@@ -249,7 +250,8 @@ def _finished(folder: Path, resume: bool, record: Mapping[str, Any]) -> bool:
             expected="a new folder, or resume=True",
             remedy="Choose another folder, or continue the run in it.",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "output folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     note = folder / RECORD
     if (folder / CFG).exists() and note.exists():
         try:
@@ -262,8 +264,10 @@ def _finished(folder: Path, resume: bool, record: Mapping[str, Any]) -> bool:
                 remedy="Remove the folder and train again.",
             ) from error
         check_record(found, record, str(note))
+        (folder / STATE).unlink(missing_ok=True)  # of a run killed behind its last step
         return True
-    note.write_text(json.dumps(record, indent=2))
+    with writing(folder, "output folder"):
+        note.write_text(json.dumps(record, indent=2))
     return False
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from mi_weightspace.core.components import Components, SourceRef
 from mi_weightspace.core.errors import ConfigError, OutputError
 from mi_weightspace.core.json_io import DamagedJson, take
+from mi_weightspace.core.output_io import writing
 from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 from mi_weightspace.core.site import Site
 from mi_weightspace.models.lora import AdapterSource
@@ -66,7 +67,8 @@ def run_sites(
         folder: where results are kept; None keeps nothing.
 
     Raises:
-        ConfigError: a shard that is not one of n. OutputError: a result file that cannot be read.
+        ConfigError: a shard that is not one of n.
+        OutputError: a result file that cannot be read, or a folder that cannot be written.
         Whatever the job raises.
     """
     own = _shard(keys, shard)
@@ -74,7 +76,8 @@ def run_sites(
         found = dict(_run(job, [(k, keys[k], None) for k in own], settings, n_jobs, progress))
         return [found[k] for k in sorted(own)]
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    with writing(place, "journal"):
+        place.mkdir(parents=True, exist_ok=True)
     _sweep_temporaries(place)
     paths = {k: place / f"{file_key(job, *keys[k], settings)}.safetensors" for k in own}
     missing = [(k, keys[k], paths[k]) for k in own if not paths[k].exists()]
@@ -142,7 +145,11 @@ def _content(source: WeightSource, site: Site) -> str:
 
 
 def write(path: Path, parts: Components) -> None:
-    """Put a result in place, whole or not at all."""
+    """Put a result in place, whole or not at all.
+
+    Raises:
+        OutputError: a folder that cannot be written, or a full disk.
+    """
     meta = {
         "stage": parts.stage,
         "method": parts.method,
@@ -151,10 +158,14 @@ def write(path: Path, parts: Components) -> None:
     }
     tensors = {name: getattr(parts, name).contiguous() for name in ("read", "write", "scale")}
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-    save_sealed(tensors, temporary, _HEADER, meta)
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path.parent, "journal"):
+            save_sealed(tensors, temporary, _HEADER, meta)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     if os.name == "posix":
         directory = os.open(path.parent, os.O_RDONLY)
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mi_weightspace.core.errors import ConfigError, OutputError
+from mi_weightspace.core.report_record import is_run_file
 from mi_weightspace.vpd.assemble import as_host, site_record, stored_arrays
 from mi_weightspace.vpd.config import VPDConfig, make_config, read_config
 from mi_weightspace.vpd.data import Data, prepare
@@ -167,6 +168,8 @@ def finished_run(
         return None
     done = (place / "report.json").exists()
     foreign = [p.name for p in place.iterdir() if p.name not in {TRAINING, PARTIAL}]
+    if (place / PARTIAL).is_dir():  # killed in `join`: the first files had moved
+        foreign = [name for name in foreign if not is_run_file(name)]
     if (done and not resume) or (foreign and not done):
         raise OutputError(
             f"output folder {place}",
@@ -190,8 +193,9 @@ def finished_run(
 def join(parts: Decomposition, place: Path) -> None:
     """Move the report's files beside ``training/``; what makes it load comes last."""
     staging = place / PARTIAL
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    for left in staging.iterdir():  # the folder itself says what the moved files are
+        shutil.rmtree(left)
     parts.save(staging / "run")
     files = sorted((staging / "run").iterdir(), key=lambda p: p.name == "report.json")
     for file in files:

@@ -2,7 +2,8 @@
 
 Random draws and batches are functions of (seed, step), so the step itself stands for all generator
 and loader states. A folder ``state-N`` is complete as long as it has that name; killed writes and
-removals leave only hidden temporary ones, which the next checkpoint sweeps. Nothing is pickled.
+removals leave only hidden temporary ones, which the next checkpoint or the resumed run sweeps.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mi_weightspace.core.errors import ConfigError, OutputError
 from mi_weightspace.core.json_io import DamagedJson, digest_of, parse_json, take
-from mi_weightspace.core.sealed_io import SEAL, file_hash
+from mi_weightspace.core.output_io import writing
+from mi_weightspace.core.sealed_io import SEAL, file_hash, save_tensors
 from mi_weightspace.models.arithmetic import worthwhile
 from mi_weightspace.vpd.config import VPDConfig
 from mi_weightspace.vpd.distributed import barrier, rank, world
@@ -92,16 +94,24 @@ def _own_tensors(state: RunState) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
+    save_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
 
 
 def save_state(state: RunState, folder: Path) -> Path:
-    """Write ``state-N`` under `folder`; every process calls it, each writes its own sources."""
+    """Write ``state-N`` under `folder`; every process calls it, each writes its own sources.
+
+    Raises:
+        OutputError: a folder that cannot be written, or a full disk; earlier checkpoints stay.
+    """
+    with writing(folder, "checkpoints in"):
+        return _save_state(state, folder)
+
+
+def _save_state(state: RunState, folder: Path) -> Path:
     target = folder / f"state-{state.step:08d}"
     staging = folder / f".{target.name}.partial"
     if rank() == 0:
-        for left in folder.glob(".state-*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(folder)
         staging.mkdir(parents=True)
     barrier()
     _write(staging / f"sources-{rank()}.safetensors", _own_tensors(state))
@@ -131,10 +141,17 @@ def save_state(state: RunState, folder: Path) -> Path:
         if target.exists():
             _remove(target)
         staging.rename(target)
-        for old in sorted(folder.glob("state-*"))[:-KEEP]:
-            _remove(old)
+        sweep(folder)
     barrier()
     return target
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writes and removals left, and all checkpoints but the last `KEEP`."""
+    for left in folder.glob(".state-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    for old in sorted(folder.glob("state-*"))[:-KEEP]:
+        _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -178,7 +195,7 @@ def read_record(path: Path) -> dict[str, Any]:
             raise DamagedJson("state.json, which is not what was written: its SHA-256 differs")
         for key in ("step", "frequency_count", "world"):
             take(record, key, "whole")
-        for key in ("config", "sites"):
+        for key in ("config", "sites", *(("files",) if sealed else ())):
             take(record, key, "object")
         for key in ("config_hash", "host"):
             take(record, key, "text")

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
 from mi_weightspace.core.errors import DivergedError, OutputError
+from mi_weightspace.core.output_io import writing
 from mi_weightspace.models.arithmetic import decide
 from mi_weightspace.vpd.cache import CleanBatches, clean_batches
 from mi_weightspace.vpd.config import VPDConfig
@@ -44,6 +45,7 @@ from mi_weightspace.vpd.state import (
     read_record,
     restore_state,
     save_state,
+    sweep,
 )
 from mi_weightspace.vpd.stream import Stream
 
@@ -107,6 +109,8 @@ def train(
         state, positions = _at_start(host, batches(0), config)
         if found is not None:
             restore_state(state, found, positions)
+            if rank() == 0:  # a run killed behind its last step writes no checkpoint any more
+                sweep(found.parent)
         else:
             warm_up(state.objective.factors, config, progress=progress)
             copy_from_first(_parameters(state.objective))
@@ -353,7 +357,8 @@ def _shown(record: dict[str, Any]) -> str:
 def _check_place(place: Path | None, resume: bool) -> None:
     if place is None or resume or not place.exists():
         if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
+            with writing(place, "output folder"):
+                place.mkdir(parents=True, exist_ok=True)
         return
     if any(place.iterdir()):
         raise OutputError(
@@ -379,13 +384,14 @@ def _kept_history(place: Path | None, step: int) -> list[dict[str, Any]]:
             kept.append(record)
     if rank() == 0:  # by exchange: a kill in the middle must not lose the lines
         staging = path.with_name(f".{METRICS}.partial")
-        staging.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        staging.replace(path)
+        with writing(path.parent, "output folder"):
+            staging.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            staging.replace(path)
     return kept
 
 
 def _write_record(place: Path | None, record: dict[str, Any]) -> None:
     if place is None or rank() != 0:
         return
-    with (place / METRICS).open("a") as handle:
+    with writing(place, "output folder"), (place / METRICS).open("a") as handle:
         handle.write(json.dumps(record) + "\n")

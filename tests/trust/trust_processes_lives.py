@@ -13,10 +13,11 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import mi_weightspace as mw
 import probes
 from mi_weightspace.cli import main as command_line
 from mi_weightspace.core.contrasts import Contrast, ContrastSet, Pair
-from mi_weightspace.core.errors import WeightspaceError
+from mi_weightspace.core.errors import OutputError, WeightspaceError
 from mi_weightspace.models import toy
 from mi_weightspace.models.arithmetic import worthwhile
 from mi_weightspace.models.backends.torch_hooks import TorchLens
@@ -72,7 +73,7 @@ def ground(folder: Path) -> Path:
 
 
 def said(*arguments: object) -> int:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()):
         return command_line([str(a) for a in arguments])
 
 
@@ -163,28 +164,61 @@ def readable(job: Job, place: Path) -> list[Path]:
 
 
 # ---- lives -------------------------------------------------------------------------------------
-def live(job: Job, given: Path, out: Path, *, dies_at: int, count: Path | None = None) -> int:
-    """Fork a process that runs the job; its id. It dies at touch `dies_at` of ``out.parent``."""
+def live(
+    job: Job,
+    given: Path,
+    out: Path,
+    *,
+    dies_at: int = NEVER,
+    largest: int | None = None,
+    count: Path | None = None,
+) -> int:
+    """Fork a process that runs the job; its id. It dies at touch `dies_at` of ``out.parent``.
+
+    Args:
+        largest: bytes at which a file can grow no more, as on a full disk (``RLIMIT_FSIZE``); what
+            the life says is then in ``out.parent.parent / "said"``, which may be larger.
+        count: file for the number of touches of a life that ends by itself.
+    """
     child = os.fork()
     if child:
         return child
     seen, root = [0], str(out.parent)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in TOUCHES and any(isinstance(a, str) and root in a for a in map(_path, arguments)):
+        inside = any(isinstance(a, str) and root in a for a in map(_path, arguments))
+        removed = event in ("os.remove", "os.rmdir") and arguments[-1] != -1  # of a tree
+        if removed or (event in TOUCHES and inside):
             seen[0] += 1
             if seen[0] == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    code = 70
+    code, words = 70, io.StringIO()
     try:
         sys.addaudithook(hook)
-        code = job.run(given, out)
+        if largest is not None:
+            free = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, free[1]))
+            with contextlib.redirect_stderr(words):
+                code = refused(job, given, out)
+            resource.setrlimit(resource.RLIMIT_FSIZE, free)
+            (out.parent.parent / "said").write_text(words.getvalue())
+        else:
+            code = job.run(given, out)
         if count is not None:
             count.write_text(str(seen[0]))
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def refused(job: Job, given: Path, out: Path) -> int:
+    """Run a job; 1 for a refusal, whose words go to stderr."""
+    try:
+        return job.run(given, out)
+    except OutputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
 
 
 def _path(value: Any) -> Any:
@@ -228,25 +262,51 @@ class Trial:
         out, count = self.place / "whole" / "out", self.place / "touches"
         out.parent.mkdir(parents=True)
         begun = os.times()
-        assert ended(live(self.job, self.given, out, dies_at=NEVER, count=count)) == 0
+        assert ended(live(self.job, self.given, out, count=count)) == 0
         spent = os.times()
         self.seconds = spent.children_user - begun.children_user
         self.touches, self.whole = int(count.read_text()), content(out.parent)
 
-    def one(self, label: str, moments: Iterator[int | float]) -> None:
-        """Killed at each moment in turn (whole numbers: touches; others: seconds), then ended."""
+    def one(self, label: str, moment: float) -> None:
+        """Killed at a touch (a whole number) or after some seconds, then run to the end."""
         out = self.place / label / "out"
         out.parent.mkdir(parents=True)
-        for moment in moments:
-            at = moment if isinstance(moment, int) else NEVER
-            child = live(self.job, self.given, out, dies_at=at)
-            code = ended(child) if at < NEVER else killed_after(child, float(moment))
-            if code != -signal.SIGKILL:
-                break
+        at = moment if isinstance(moment, int) else NEVER
+        child = live(self.job, self.given, out, dies_at=at)
+        code = ended(child) if at < NEVER else killed_after(child, moment)
+        if code == -signal.SIGKILL:
             self.kills += 1
-            self._check(f"{self.name}, {label}, killed at {moment:g}", out.parent)
+            self._check(f"{self.name}, {label}", out.parent)
+        elif code or at < NEVER:
+            self.problems.append(f"{self.name}, {label}: ended by itself, exit code {code}")
+        self._finish(label, out)
+
+    def full(self, label: str, largest: int, place: Path | None = None) -> None:
+        """A disk that is full, then not any more: a refusal that names place and remedy."""
+        out = self.place / label / "run" / "out" if place is None else place
+        if place is None:
+            out.parent.mkdir(parents=True)
+        code = ended(live(self.job, self.given, out, largest=largest))
+        note = out.parent.parent / "said"
+        words = note.read_text() if note.exists() else ""
+        self.kills += 1
+        name = f"{self.name}, {label}"
+        if code != 1 or "Traceback" in words:
+            self.problems.append(f"{name}: exit code {code}, {words[-300:]}")
+        elif str(out.parent) not in words or "free space" not in words:
+            self.problems.append(f"{name}: does not say where or what to do: {words[:300]}")
+        if readable(self.job, out.parent):
+            self.problems.append(f"{name}: half a run loads")
+        hidden = (".partial", ".tmp")
+        left = [p for p in out.parent.rglob("*") if p.is_file() and p.name.endswith(hidden)]
+        if left:
+            self.problems.append(f"{name}: left behind {left}")
+        self._finish(label, out)
+
+    def _finish(self, label: str, out: Path) -> None:
+        """Run to the end; what is there then is what an undisturbed run leaves."""
         if not self._done(out):
-            code = ended(live(self.job, self.given, out, dies_at=NEVER))
+            code = ended(live(self.job, self.given, out))
             if code:
                 self.problems.append(f"{self.name}, {label}: could not go on, exit code {code}")
         differing = {k for k in self.whole if content(out.parent).get(k) != self.whole[k]}
@@ -269,23 +329,27 @@ class Trial:
 
 
 def trials(names: list[str], place: Path, *, each: int, seed: int) -> list[dict[str, Any]]:
-    """`each` 0: five touches one after another in one folder; else that many runs by touches and
-    a third as many by time, every one in a folder of its own."""
+    """About `each` runs killed at touches spread over all of them (0: every one), and a third as
+    many at moments; and two full disks (0: one for each size of file). Every run has a folder of
+    its own."""
     given = ground(place / "ground")
     found = []
     for name in names:
         trial, draw = Trial(name, given, place / name), random.Random(f"{seed} {name}")
-        if each:
-            step = max(1, trial.touches // each)
-            for at in range(1 + seed % step, trial.touches + 1, step):
-                trial.one(f"touch-{at}", iter([at]))
-            for k in range(max(1, each // 3)):
-                trial.one(f"time-{k}", iter([draw.uniform(0.05, 1.0) * trial.seconds + 1e-4]))
-        else:
-            shares = (0.15, 0.3, 0.5, 0.7, 0.98)
-            trial.one("chain", iter([max(2, round(s * trial.touches)) for s in shares]))
-        found.append({"name": name, "kills": trial.kills, "problems": trial.problems,
-                      "touches": trial.touches, "seconds": trial.seconds})  # fmt: skip
+        step = max(1, trial.touches // each) if each else 1
+        touches = range(1 + draw.randrange(step), trial.touches + 1, step)
+        for at in touches:
+            trial.one(f"touch-{at}", at)
+        for k in range(max(1, len(touches) // 3)):
+            trial.one(f"time-{k}", draw.uniform(0.05, 0.9) * trial.seconds)
+        kills, killed = trial.kills, list(trial.problems)
+        out = place / name / "whole" / "out"
+        sizes = sorted({p.stat().st_size for p in out.rglob("*") if p.is_file()} - {0})
+        for size in [sizes[0], sizes[-1]] if each else sizes:
+            trial.full(f"full-{size - 1}", size - 1)
+        found.append({"name": name, "touches": trial.touches, "seconds": trial.seconds,
+                      "kills": kills, "problems": killed, "full": trial.kills - kills,
+                      "full_problems": trial.problems[len(killed):]})  # fmt: skip
     return found
 
 

@@ -131,11 +131,11 @@ def nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-SAVE, RENAME, RMTREE = state.save_file, Path.rename, shutil.rmtree
+SAVE, RENAME, RMTREE = state.save_tensors, Path.rename, shutil.rmtree
 KILL_POINTS: dict[str, Callable[[], None]] = {
     "inside warm-up": lambda: calls(loop, "faithfulness", 5, nothing),
-    "half of the sources written": lambda: calls(state, "save_file", 1, cut_file),
-    "half of the shared file written": lambda: calls(state, "save_file", 4, cut_file),
+    "half of the sources written": lambda: calls(state, "save_tensors", 1, cut_file),
+    "half of the shared file written": lambda: calls(state, "save_tensors", 4, cut_file),
     "checkpoint written, not named": lambda: calls(Path, "rename", 1, nothing),
     "checkpoint named, old one still there": lambda: calls(Path, "rename", 2, RENAME),
     "old one about to be removed": lambda: calls(state, "_remove", 1, nothing),
