@@ -7,7 +7,7 @@ SEED ?= 0
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test check bench notebooks docs clean
+.PHONY: demo test check bench matrix notebooks docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mi-weightspace needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -36,6 +36,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/sae_encode.py
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.collect
+
+# The quick tests beside TransformerLens 3 and 4, each in an environment of its own (build/matrix).
+matrix:
+	$(PYTHON) tests/matrix.py
 
 notebooks: $(STAMP)
 	mkdir -p notebooks
