@@ -7,7 +7,7 @@ SEED ?= 0
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test check bench matrix notebooks docs clean
+.PHONY: demo test check trust bench matrix notebooks docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mi-weightspace needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -26,6 +26,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest tests -m 'quick and not slow'
+
+trust: $(STAMP)
+	$(BIN)/python tests/trust/trust_table.py --slow
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/svd_diff.py

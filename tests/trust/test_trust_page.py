@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import http.server
+import json
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from mi_weightspace.core import report as report_module
 from mi_weightspace.core.report import Report
 from mi_weightspace.core.verdict import Verdict, Word
 from mi_weightspace.html_report import render
+from mi_weightspace.page.markup import json_block
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "page"))
 from page_examples import everything
@@ -158,6 +160,20 @@ def test_each_string_alone_in_a_notebook() -> None:
             reader.feed(own._repr_html_().replace(' border="1"', ""))
             reader.close()
             figure.add(problem=f"{text[:60]!r}: {reader.wrong[0]}" if reader.wrong else None)
+
+
+def test_each_string_as_data() -> None:
+    """The block of data the page's script reads: closed by nothing in it, the same when read."""
+    with Figure(NAME, UNIT, "the same as data for the page's script") as figure:
+        for text in strings("http://evil.example"):
+            reader = Elements()
+            block = json_block("figures", [text, {text: text}])
+            reader.feed(f"{block}<p>end</p>")
+            reader.close()
+            body = block.split(">", 1)[1].rsplit("<", 1)[0]
+            whole = json.loads(body) == [text, {text: text}] and "<" not in body
+            good = whole and reader.scripts == 1 and not reader.wrong
+            figure.add(problem=None if good and reader.words == ["end"] else f"{text[:60]!r}")
 
 
 # ---- a browser -----------------------------------------------------------------------------

@@ -134,6 +134,14 @@ def tensor_cases(sound: Path) -> Iterator[Case]:
             yield Case(f"zero-length {key}", none, (*names, "blocks.0."))
         flat = edit_tensors(lambda h, k=key: h.update({k: h[k].flatten()[None, None]}))
         yield Case(f"3-d {key}", flat, (*names, "blocks.0."))
+    stems = {k.split(".0.", 1)[1] for k in held if ".0." in k}
+    for stem in sorted(stems | {k for k in held if ".0." not in k and ".1." not in k}):
+        if "wpe" in stem:
+            continue  # positions: any number of them
+        every = [k for k in held if k.endswith(stem)]
+        cut = edit_tensors(lambda h, e=every: h.update({k: h[k][:-1] for k in e}))
+        names = (stem, stem.removeprefix("model."), "blocks.", "embed")
+        yield Case(f"shorter in every layer: {stem}", cut, names)
     layer = next(k for k in held if ".1." in k)
     beyond = edit_tensors(lambda h: h.update({layer.replace(".1.", ".2."): h[layer]}))
     yield Case("a third layer begun", beyond, (layer.replace(".1.", ".2."),))
