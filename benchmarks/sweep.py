@@ -121,7 +121,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| shape | CPU-s a layer: svd / project, 19 flips / 999 flips | whole model on two cores, "
         "extrapolated: svd / with 19 / with 999 flips | private memory: before / peak, GB | limit, "
-        "GB: peak under it / CPU / largest change of s₁ | planted found; decoys of 15 called (level 5 % each) |",
+        "GB: peak under it / CPU / largest change of s₁ "
+        "| planted found; decoys of 15 called (level 5 % each) |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
