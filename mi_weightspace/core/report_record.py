@@ -10,6 +10,8 @@ from mi_weightspace.core.json_io import DamagedJson, digest_of, is_plain_name, p
 from mi_weightspace.core.sealed_io import SEAL, file_hash
 from mi_weightspace.core.verdict import Verdict, Word
 
+_UNREADABLE = (ValueError, TypeError, LookupError, OSError, NotImplementedError)
+"""What pyarrow and pandas raise on a damaged table (Arrow's own errors are of these kinds)."""
 RECORD, ARRAYS, TABLE = "report.json", "arrays.safetensors", "table.parquet"
 
 
@@ -119,7 +121,7 @@ def read_files(folder: Path, record: dict[str, Any]) -> tuple[Any, dict[str, Any
             tables[own] = pd.read_parquet(folder / name)
         name = ARRAYS
         arrays = load_file(folder / name)
-    except (ValueError, TypeError, LookupError, OSError, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise _damaged(folder, f"{name}, which cannot be read ({error})"[:300]) from error
     return table, tables, arrays
 

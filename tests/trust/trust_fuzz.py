@@ -196,7 +196,7 @@ def _runs(place: Path) -> list[Format]:
             record = json.loads((state / "state.json").read_text())
             record[SEAL] = digest_of(record, without=(SEAL,))
             (state / "state.json").write_text(json.dumps(record))
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             return
 
     read = lambda: load_report(run)  # noqa: E731
