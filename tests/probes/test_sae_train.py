@@ -150,8 +150,13 @@ def test_control_c_leaves_a_run_that_continues(
         return at(self, step)
 
     monkeypatch.setattr(Activations, "at", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(lens, steps=40, folder=tmp_path / "run", checkpoint_every=10)
+    # a shell that starts tests in the background has the signal ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(lens, steps=40, folder=tmp_path / "run", checkpoint_every=10)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     monkeypatch.setattr(Activations, "at", at)
     resumed = train(lens, steps=40, folder=tmp_path / "run", checkpoint_every=10, resume=True)
     assert same(resumed, train(lens, steps=40))
