@@ -63,10 +63,9 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({name or platform.machine()}), {memory:.0f} GB, one thread"
 
 
-def table(figures: list[dict[str, Any]], slow: bool) -> str:
-    """The page."""
+def table(figures: list[dict[str, Any]], which: str) -> str:
+    """The page; `which` says what was run."""
     versions = ", ".join(f"{p} {version(p)}" for p in PACKAGES)
-    which = "all of the suite" if slow else "the part of the suite that `make test` runs"
     lines = [
         "# Trust figures",
         "",
@@ -97,7 +96,10 @@ def main() -> int:
         code = 0 if given.counts else run(folder, given.slow, given.paths)
         figures = read(folder)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(table(figures, given.slow), encoding="utf-8")
+    which = "all of the suite" if given.slow else "the part of the suite that `make test` runs"
+    if given.counts:
+        which = "counts kept from runs of the suite's parts"
+    given.out.write_text(table(figures, which), encoding="utf-8")
     print(f"{len(figures)} figures, {sum(f['failures'] for f in figures)} failures: {given.out}")
     return code
 
