@@ -75,7 +75,7 @@ def run_sites(
     if folder is None:
         found = dict(_run(job, [(k, keys[k], None) for k in own], settings, n_jobs, progress))
         return [found[k] for k in sorted(own)]
-    place = Path(folder)
+    place = Path(folder).absolute()  # workers that are used again keep their own directory
     with writing(place, "journal"):
         place.mkdir(parents=True, exist_ok=True)
     _sweep_temporaries(place)

@@ -151,6 +151,17 @@ def test_results_come_back_whole_and_in_order(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.quick
+def test_workers_used_again_after_a_change_of_directory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [(difference(folder), site) for site in difference(folder).sites("blocks.*.mlp.*")]
+    for name in ("one", "two"):  # the second time the same processes
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run_sites(decompose, keys, Settings(), n_jobs=2, folder="kept", progress=False)
+        assert len(hashes(tmp_path / name / "kept")) == len(keys)
+
+
 def test_what_is_there_is_not_computed_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
