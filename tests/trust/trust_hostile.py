@@ -96,8 +96,8 @@ def strings(remote: str) -> list[str]:
     ]
     templates = [
         "{{7*7}}", "{{constructor.constructor('return 1')()}}", "${7*7}", "#{7*7}", "<%= 7*7 %>",
-        "{% include '/etc/passwd' %}", "{0.__class__}", "%s%s%s%n", "%(name)s", "$(touch /tmp/x)",
-        "`touch /tmp/x`", "{{[].__class__}}", "[[${7*7}]]", "{label}",
+        "{% include 'secret' %}", "{0.__class__}", "%s%s%s%n", "%(name)s", "$(touch x)",
+        "`touch x`", "{{[].__class__}}", "[[${7*7}]]", "{label}",
     ]  # fmt: skip
     sheets = [
         "=1+1", "=HYPERLINK(\"" + remote + "\",\"x\")", "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1)",
