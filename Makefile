@@ -28,7 +28,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest tests -m 'quick and not slow'
 
 trust: $(STAMP)
-	$(BIN)/python tests/trust/trust_table.py --slow
+	$(BIN)/python -m tests.trust.trust_table --slow
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/svd_diff.py

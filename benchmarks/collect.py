@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.machine import machine
 from benchmarks.svd_diff import markdown
 
 HERE = Path(__file__).parent
@@ -29,23 +29,12 @@ PAGES = {
 LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "safetensors")
 
 
-def machine() -> str:
-    """Processor, cores and memory in words; no host name."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB, no GPU"
-
-
 def page() -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     lines = [
         "# Benchmarks",
         "",
-        f"Collected {datetime.date.today().isoformat()} on: {machine()}. Python "
+        f"Collected {datetime.date.today().isoformat()} on: {machine()}, no GPU. Python "
         f"{platform.python_version()}, {libraries}. `make bench` measures again; ratios are of one "
         "interleaved run, CPU time at one thread unless a table says otherwise. **GPU: not "
         "measured.**",

@@ -134,8 +134,9 @@ def make(out: Path, family: Family, *, layers: int, seed: int = 0) -> Path:
                 shards[stage][f"model.layers.{layer}.{name}.weight"] = matrix.bfloat16()
         for stage, tensors in shards.items():
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                ones = torch.ones(family.d_model, dtype=torch.bfloat16)
-                tensors[f"model.layers.{layer}.{norm}.weight"] = ones
+                draw = generator(seed, "gain", layer, norm)  # the same in every stage
+                gain = 0.5 * (0.3 * torch.randn(family.d_model, generator=draw)).exp()
+                tensors[f"model.layers.{layer}.{norm}.weight"] = gain.bfloat16()
             file = f"model-{layer:05d}.safetensors"
             save_file(tensors, out / stage / file, {"format": "pt"})
             index |= dict.fromkeys(tensors, file)

@@ -20,51 +20,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.seeds import generator
 from mi_weightspace.core.stats import rank_p, sign_flips
 
 LOUD_COORDINATES = 8
-LARGE = 2**22
-"""Entries from which a matrix is large: sums are float32 within a row, nulls use a sketch."""
-SKETCH = 256
 _BLOCK = 256
-_CHUNK = 2**18
 
 
 def row_energies(matrix: Float[Tensor, "d n"]) -> Float[Tensor, " d"]:
-    """``‖D_i‖²``; float64 sums of float32 ones (1e-6) where the matrix is large."""
-    if matrix.numel() < LARGE:
-        return matrix.square().sum(1, dtype=torch.float64)
-    rows = max(1, _CHUNK // matrix.shape[1])
-    parts = [part.float().square().sum(1).double() for part in matrix.split(rows)]
-    return torch.cat(parts)
+    """``‖D_i‖²``, float64."""
+    return matrix.square().sum(1, dtype=torch.float64)
 
 
 def projected_energy(
     matrix: Float[Tensor, "d n"], vectors: Float[Tensor, "m d"]
 ) -> Float[Tensor, " m"]:
-    """``‖wᵀD‖²`` of each row of `vectors`, summed as in `row_energies`."""
-    wide = torch.float64 if matrix.numel() < LARGE else torch.float32
+    """``‖wᵀD‖²`` of each row of `vectors`, float64 sums."""
     parts = [
-        (block.to(matrix.dtype) @ matrix).float().square_().sum(1, dtype=wide).double()
+        (block.to(matrix.dtype) @ matrix).float().square_().sum(1, dtype=torch.float64)
         for block in vectors.split(_BLOCK)
     ]
     return torch.cat(parts)
-
-
-def sketched(matrix: Float[Tensor, "d n"], *, seed: int, name: str) -> Float[Tensor, "d r"]:
-    """``D Ω`` with `SKETCH` Gaussian columns for a large matrix, else the matrix.
-
-    For sign-flip nulls: whatever Ω is, flipping signs of rows of D flips those of D Ω, so the test
-    stays exact; what a thousand flips cost falls by n / `SKETCH`. The price is power: energies
-    are known to ``√(2/SKETCH)`` = 9 %, so an R below about 1.2 is not told from 1. Where the
-    answer may matter, the matrix itself is used.
-    """
-    if matrix.numel() < LARGE:
-        return matrix
-    draw = generator(seed, "sketch", name)
-    columns = torch.randn(matrix.shape[1], SKETCH, generator=draw).to(matrix.dtype)
-    return (matrix @ columns).float()
 
 
 def row_energy_ratio(
@@ -78,45 +53,19 @@ def row_energy_ratio(
 
 
 def sign_flip_ratio_p(
-    matrix: Float[Tensor, "d n"],
-    vector: Float[Tensor, " d"],
-    *,
-    n_null: int,
-    seed: int,
-    name: str,
-    drawn: Float[Tensor, "n_null d"] | None = None,
+    matrix: Float[Tensor, "d n"], vector: Float[Tensor, " d"], *, n_null: int, seed: int, name: str
 ) -> float:
-    """p of R(w) under independent signs of w's coordinates.
-
-    Args:
-        matrix: D, or `sketched` D.
-        drawn: signs that many vectors of one matrix share; else they are drawn by seed and name.
-    """
-    if drawn is not None:
-        weighted = vector.float()[:, None] * matrix.float()
-        found = projected_energy(weighted, torch.cat([torch.ones_like(drawn[:1]), drawn]))
-        return float(rank_p(found[0], found[1:]))
+    """p of R(w) under independent signs of w's coordinates."""
     signs = sign_flips(vector.shape[0], n_null, seed=seed, name=name)
     null = projected_energy(matrix, signs * vector.double())
     return float(rank_p(projected_energy(matrix, vector[None])[0], null))
 
 
 def sign_cosine_p(
-    u: Float[Tensor, " d"],
-    w: Float[Tensor, " d"],
-    *,
-    n_null: int,
-    seed: int,
-    name: str,
-    drawn: Float[Tensor, "n_null d"] | None = None,
+    u: Float[Tensor, " d"], w: Float[Tensor, " d"], *, n_null: int, seed: int, name: str
 ) -> float:
-    """p of |Σ u_i w_i| under independent signs: a Rademacher sum with the terms' sizes.
-
-    `drawn` as in `sign_flip_ratio_p`.
-    """
+    """p of |Σ u_i w_i| under independent signs: a Rademacher sum with the terms' sizes."""
     terms = u.double() * w.double()
-    if drawn is not None:
-        return float(rank_p(terms.sum().abs(), (drawn @ terms.float()).abs().double()))
     null = (sign_flips(terms.shape[0], n_null, seed=seed, name=name) @ terms).abs()
     return float(rank_p(terms.sum().abs(), null))
 
@@ -124,18 +73,15 @@ def sign_cosine_p(
 def row_normalised(
     matrix: Float[Tensor, "d n"], energies: Float[Tensor, " d"] | None = None
 ) -> Float[Tensor, "d n"]:
-    """Every row scaled to unit norm; zero rows stay zero. In bfloat16 where the matrix is large."""
+    """Every row scaled to unit norm; zero rows stay zero."""
     energies = row_energies(matrix) if energies is None else energies
+    return matrix * inverse_sizes(energies).to(matrix.dtype)[:, None]
+
+
+def inverse_sizes(energies: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """``1/‖D_i‖``; 1 for zero rows."""
     size = energies.sqrt()
-    factor = torch.where(size > 0, 1 / size, 1.0).float()[:, None]
-    if matrix.numel() < LARGE:
-        return matrix * factor.to(matrix.dtype)
-    result = torch.empty(matrix.shape, dtype=torch.bfloat16)
-    rows = max(1, _CHUNK // matrix.shape[1])
-    for start in range(0, matrix.shape[0], rows):
-        part = slice(start, start + rows)
-        torch.mul(matrix[part], factor[part], out=result[part])
-    return result
+    return torch.where(size > 0, 1 / size, 1.0)
 
 
 def participation(u: Float[Tensor, " d"]) -> float:
@@ -147,6 +93,13 @@ def cosine(u: Float[Tensor, " d"], w: Float[Tensor, " d"]) -> float:
     """|cos|; 0 where a vector is zero. Singular vectors have no sign, so there is none."""
     size = float(u.double().norm() * w.double().norm())
     return abs(float(u.double() @ w.double())) / size if size > 0 else 0.0
+
+
+def cosines(vectors: Float[Tensor, "m d"], w: Float[Tensor, " d"]) -> Float[Tensor, " m"]:
+    """`cosine` of each row with w."""
+    rows, w = vectors.double(), w.double()
+    size = rows.norm(dim=1) * w.norm()
+    return torch.where(size > 0, (rows @ w).abs() / size, 0.0)
 
 
 def cosine_without(

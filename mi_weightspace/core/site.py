@@ -30,6 +30,7 @@ KINDS: tuple[Kind, ...] = (
     "unembed",
 )
 Side = Literal["read", "write"]
+SIDES: tuple[Side, ...] = ("read", "write")
 
 
 @dataclass(frozen=True)

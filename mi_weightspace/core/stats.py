@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.seeds import generator
+from mi_weightspace.core.seeds import generator, numpy_generator
 
 
 def rank_p(observed: Tensor, null: Tensor) -> Tensor:
@@ -22,6 +22,13 @@ def sign_flips(n: int, n_draws: int, *, seed: int, name: str = "flips") -> Float
     """(n_draws, n) independent ±1 signs, float64."""
     drawn = torch.randint(0, 2, (n_draws, n), generator=generator(seed, name, n))
     return drawn.double() * 2 - 1
+
+
+def shared_signs(n: int, n_draws: int, *, seed: int, name: str) -> Float[Tensor, "b n"]:
+    """(n_draws, n) independent ±1 signs in bfloat16, one random bit each."""
+    drawn = numpy_generator(seed, "shared signs", name).bytes((n_draws * n + 7) // 8)
+    bits = np.unpackbits(np.frombuffer(drawn, dtype=np.uint8), count=n_draws * n)
+    return torch.from_numpy(bits).view(n_draws, n).to(torch.bfloat16).mul_(2).sub_(1)
 
 
 def cluster_weights(
@@ -89,6 +96,6 @@ def isotropic_cosine_p(cosine: Tensor, d: int) -> Tensor:
     A reference column only: its measured false-positive rate is 62-100 % where a few coordinates
     dominate the activations. It never carries a verdict.
     """
-    from scipy.stats import beta
+    from scipy.special import betaincc  # `scipy.stats` takes seconds to import
 
-    return torch.from_numpy(np.asarray(beta.sf(cosine.double().numpy() ** 2, 0.5, (d - 1) / 2)))
+    return torch.from_numpy(np.asarray(betaincc(0.5, (d - 1) / 2, cosine.double().numpy() ** 2)))

@@ -35,20 +35,17 @@ measured; 0.26 before it reads anything)."""
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """``diag(write)·(after − before)·diag(read)`` as blocks of rows.
+    """``after − before`` as blocks of rows.
 
     Attributes:
         before, after: (d_out, d_in) as stored; `before` None for a checkpoint by itself.
         rows: rows of a block; a multiple of `sign_rows` (one where that is more).
-        read, write: gains, or None.
         signs: (seed, name) of random signs for the entries, as `rounding.flip_signs` draws them.
     """
 
     before: Float[Tensor, "d_out d_in"] | None
     after: Float[Tensor, "d_out d_in"]
     rows: int
-    read: Float[Tensor, " d_in"] | None = None
-    write: Float[Tensor, " d_out"] | None = None
     signs: tuple[int, str] | None = None
 
     @property
@@ -58,8 +55,6 @@ class Blocks:
 
     @property
     def dtype(self) -> torch.dtype:
-        if self.read is not None or self.write is not None:
-            return torch.float32
         return stored_dtype(self.after if self.before is None else self.before, self.after)
 
     def numel(self) -> int:
@@ -86,30 +81,19 @@ class Blocks:
         """All of it, in memory."""
         return torch.cat([block for _, block in self])
 
-    def fro(self) -> float:
-        """Frobenius norm, float64 across rows."""
-        squares = (block.float().square().sum(1).double().sum() for _, block in self)
-        return float(sum(squares)) ** 0.5
-
     def _block(self, part: slice) -> Float[Tensor, "r d_in"]:
         block = self.after[part].to(torch.float32, copy=True)
         base = self.after if self.before is None else self.before
         if self.before is not None:
             block.sub_(self.before[part])
-        # gains apply to the stored difference: a matrix in memory is rounded before they do
-        block = block.to(stored_dtype(base, self.after))
-        if self.read is not None:
-            block = block.float().mul_(self.read)
-        if self.write is not None:
-            block = block.float().mul_(self.write[part, None])
-        return block
+        return block.to(stored_dtype(base, self.after))
 
 
 def block_rows(shape: tuple[int, int], itemsize: int, limit: int, name: str) -> int | None:
     """Rows of a block so that a worker stays below `limit` bytes; None where all rows fit.
 
     Args:
-        itemsize: bytes of an entry of the difference (with gains folded in: 4 more).
+        itemsize: bytes of an entry of the difference.
         limit: bytes of private memory (file pages do not count) the process may reach.
 
     Raises:

@@ -7,7 +7,7 @@ accepted: a checkpoint itself is decomposed the same way.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,15 +20,9 @@ from mi_weightspace.core.site import Side, Site
 from mi_weightspace.models.rounding import RoundingFacts, edge_spread, flip_signs, judge, l1_size
 from mi_weightspace.models.weights import Difference, Factors, WeightSource
 from mi_weightspace.spectral.blocks import Blocks, block_rows
+from mi_weightspace.spectral.dense import ONES, Dense, Gains, flop_done
 from mi_weightspace.spectral.form import Formed, form, stored_dtype
-from mi_weightspace.spectral.krylov import (
-    Dense,
-    Triplets,
-    blocks_of,
-    flop_done,
-    leading_triplets,
-    top_value,
-)
+from mi_weightspace.spectral.krylov import Triplets, blocks_of, leading_triplets, top_value
 
 UNRESOLVED_ANGLE = 0.2
 """A first vector whose certified angle error exceeds this is called unresolved."""
@@ -66,29 +60,10 @@ def stream_side(site: Site) -> Side:
     return "write" if site.writes.is_stream or not site.reads.is_stream else "read"
 
 
-def folded(
-    matrix: Float[Tensor, "d_out d_in"], source: WeightSource, site: Site
-) -> Float[Tensor, "d_out d_in"]:
-    """The matrix as the stream sees it: pre-norm gain in its columns, post-norm gain in its rows.
-
-    Gains that are all ones are left out, so that the storage precision stays.
-    """
-    read, write = _gains(source, site)
-    if read is None and write is None:
-        return matrix
-    matrix = matrix.to(torch.float32, copy=True)
-    if read is not None:
-        matrix.mul_(read)
-    if write is not None:
-        matrix.mul_(write[:, None])
-    return matrix
-
-
-def _gains(source: WeightSource, site: Site) -> tuple[Tensor | None, Tensor | None]:
-    """Norm gains on both sides, float32; None for ones."""
+def gains_of(source: WeightSource, site: Site) -> Gains:
+    """Norm gains around a matrix, float32: with them it is as the stream sees it."""
     found = (source.read_gain(site), source.write_gain(site))
-    read, write = (None if g is None or bool((g == 1).all()) else g.float() for g in found)
-    return read, write
+    return Gains(*(None if g is None or bool((g == 1).all()) else g.float().cpu() for g in found))
 
 
 def factored_svd(factors: Factors, rank: int) -> Triplets:
@@ -126,10 +101,11 @@ def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Compon
     if formed.fro == 0:
         return _empty(source, site)
     side = stream_side(site)
-    triplets = leading_triplets(
-        matrix, settings.rank, generator=generator(settings.seed, "svd", site.name), side=side
-    )
-    edge = _null_edge(matrix, side, site, settings)
+    seen = Dense(matrix, side, gains=gains_of(source, site) if settings.fold_gains else ONES)
+    draw = generator(settings.seed, "svd", site.name)
+    triplets = leading_triplets(matrix, settings.rank, generator=draw, side=side, gains=seen.gains)
+    fro = seen.fro() if seen.gains.given else formed.fro
+    edge = _null_edge(seen, site, settings)
     rounding = None
     if before is not None and after.dtype.is_floating_point:
         rounding = judge(
@@ -141,7 +117,7 @@ def decompose(source: WeightSource, site: Site, settings: SvdSettings) -> Compon
             top=float(triplets.scale[0]),
             null_edge=edge,
         )
-    facts = _facts(formed, triplets, rounding, edge, matrix)
+    facts = _facts(formed, fro, triplets, rounding, edge, site)
     if before is not None and settings.compare_base:
         facts |= _against_base(before, triplets, side, site, settings)
     facts["gflop"] = (flop_done() - begun) / 1e9
@@ -160,32 +136,26 @@ def _formed(
 ) -> tuple[Formed, Tensor | Blocks]:
     """Entry statistics, and the matrix to decompose: in memory where it fits."""
     old = after.new_zeros(()).expand(after.shape) if before is None else before
-    gains = _gains(source, site) if settings.fold_gains else (None, None)
     rows = None
     if settings.memory_limit:
-        itemsize = stored_dtype(old, after).itemsize + (0 if gains == (None, None) else 4)
-        rows = block_rows(
-            (site.d_out, site.d_in), itemsize, settings.memory_limit, f"matrix {site.name}"
-        )
+        shape, itemsize = (site.d_out, site.d_in), stored_dtype(old, after).itemsize
+        rows = block_rows(shape, itemsize, settings.memory_limit, f"matrix {site.name}")
     formed = form(old, after, reuse=True, keep=rows is None)
     if isinstance(source, Difference):
         _refuse_non_finite(source, site, formed)
     if rows is not None:
-        return formed, Blocks(before, after, rows, *gains)
-    matrix = folded(formed.matrix, source, site) if settings.fold_gains else formed.matrix
-    return formed, matrix.to(settings.device)
+        return formed, Blocks(before, after, rows)
+    return formed, formed.matrix.to(settings.device)
 
 
-def _null_edge(matrix: Tensor | Blocks, side: Side, site: Site, settings: SvdSettings) -> float:
-    """s₁ with a random sign on every entry."""
+def _null_edge(seen: Dense, site: Site, settings: SvdSettings) -> float:
+    """s₁ with a random sign on every entry. A matrix in memory keeps them: it is read no more."""
     draw = generator(settings.seed, "null edge", site.name)
-    if isinstance(matrix, Blocks):
-        return top_value(Dense(matrix.flipped(settings.seed, site.name), side), generator=draw)
-    # signs are flipped in place and back: a second matrix of this size costs more than both
-    flip_signs(matrix, seed=settings.seed, name=site.name)
-    edge = top_value(Dense(matrix, side), generator=draw)
-    flip_signs(matrix, seed=settings.seed, name=site.name)
-    return edge
+    if isinstance(seen.matrix, Blocks):
+        seen = replace(seen, matrix=seen.matrix.flipped(settings.seed, site.name))
+    else:
+        flip_signs(seen.matrix, seed=settings.seed, name=site.name)
+    return top_value(seen, generator=draw)
 
 
 def _refuse_non_finite(source: Difference, site: Site, formed: Formed) -> None:
@@ -197,14 +167,15 @@ def _refuse_non_finite(source: Difference, site: Site, formed: Formed) -> None:
 
 def _facts(
     formed: Formed,
+    fro: float,
     triplets: Triplets,
     rounding: RoundingFacts | None,
     edge: float,
-    matrix: Float[Tensor, "d_out d_in"] | Blocks,
+    site: Site,
 ) -> dict[str, Any]:
-    m, n = matrix.shape
+    """Columns of the table; `fro` of the matrix with its gains."""
+    m, n = site.d_out, site.d_in
     top = float(triplets.scale[0])
-    fro = matrix.fro() if isinstance(matrix, Blocks) else norm(matrix)
     noise = edge / (math.sqrt(m) + math.sqrt(n))
     block = blocks_of(triplets.scale, noise)
     size = block.count(0)
@@ -224,7 +195,7 @@ def _facts(
         "certificate": certificate,
         "subspace_k": size,
         "resolved": bool(certificate <= UNRESOLVED_ANGLE and clears(top, edge, m, n)),
-        "dtype": rounding.dtype if rounding else str(matrix.dtype).removeprefix("torch."),
+        "dtype": rounding.dtype if rounding else str(formed.matrix.dtype).removeprefix("torch."),
         "rounding_flag": rounding.flag if rounding else "none",
         "rounding_floor": rounding.floor if rounding else 0.0,
         "rounding_noise_fro": rounding.noise_fro if rounding else 0.0,

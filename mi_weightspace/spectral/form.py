@@ -95,6 +95,22 @@ def form(
     )
 
 
+def subtract(
+    before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_out d_in"]
+) -> Float[Tensor, "d_out d_in"]:
+    """The matrix of `form`, bit for bit, without statistics and in the buffer of ``reuse``."""
+    dtype = stored_dtype(before, after)
+    result = _reused(before.numel(), dtype).view(before.shape)
+    rows = chunk_rows(*before.shape)
+    for start in range(0, before.shape[0], rows):
+        part = slice(start, start + rows)
+        if dtype == torch.bfloat16:
+            torch.sub(after[part], before[part], out=result[part])  # float32 within, then rounded
+        else:
+            torch.sub(after[part].float(), before[part].float(), out=result[part])
+    return result
+
+
 def stored_dtype(before: Tensor, after: Tensor) -> torch.dtype:
     """What a difference is kept in: bfloat16 where both sides are."""
     both = before.dtype == after.dtype == torch.bfloat16

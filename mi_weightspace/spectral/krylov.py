@@ -13,12 +13,7 @@ is a bound to first order. Products may run in bfloat16; all orthogonalisation i
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,6 +21,7 @@ from torch import Tensor
 
 from mi_weightspace.core.site import Side
 from mi_weightspace.spectral.blocks import Blocks
+from mi_weightspace.spectral.dense import ONES, Dense, Gains, Operator, fast_float32, folded
 
 EXACT_SIDE = 64
 """A matrix whose shorter side is at most this is decomposed exactly, in float64."""
@@ -39,108 +35,7 @@ NEAR_EQUAL = 1e-3
 """Relative gap below which two singular values count as equal whatever the noise."""
 BFLOAT16_REACH = 0.02
 """Singular values below this share of s₁ drown in the rounding of bfloat16 products."""
-_FAST_SIZE = 2**20
-_CHUNK = 2**20
 _COLUMNS = 2**11
-
-
-class _Work(threading.local):
-    """Products of this thread so far; whole numbers, so that differences of counts are exact."""
-
-    flop = 0
-
-
-_WORK = _Work()
-
-
-def flop_done() -> int:
-    """Floating-point operations of this thread's products with `Dense` matrices so far."""
-    return _WORK.flop
-
-
-class Operator(Protocol):
-    """A matrix known by its products; the rows of its left vectors have length ``shape[0]``."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def times(self, x: Float[Tensor, "n b"]) -> Float[Tensor, "m b"]: ...
-
-    def left_times(self, y: Float[Tensor, "b m"]) -> Float[Tensor, "b n"]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """A stored matrix (float32 or bfloat16) seen from one side.
-
-    Attributes:
-        matrix: (d_out, d_in), in memory or formed in blocks as it is read.
-        side: ``write``: left vectors are output-side; ``read``: the transpose is decomposed. Both
-            use the two fast product forms ``D X`` and ``Yᵀ D``; no transposed view is multiplied.
-        precise: products in float32 whatever the storage, a chunk of rows at a time.
-
-    Products run where the matrix is; thin factors come and go, everything else stays on the
-    processor.
-    """
-
-    matrix: Float[Tensor, "d_out d_in"] | Blocks
-    side: Side = "write"
-    precise: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.matrix.shape
-        return (rows, columns) if self.side == "write" else (columns, rows)
-
-    def times(self, x: Float[Tensor, "n b"]) -> Float[Tensor, "m b"]:
-        _WORK.flop += self._flop(x.shape[1])
-        return self._right(x) if self.side == "write" else self._left(x.T.contiguous()).T
-
-    def left_times(self, y: Float[Tensor, "b m"]) -> Float[Tensor, "b n"]:
-        _WORK.flop += self._flop(y.shape[0])
-        return self._left(y) if self.side == "write" else self._right(y.T).T
-
-    def _flop(self, width: int) -> int:
-        return 2 * self.matrix.numel() * width
-
-    def _right(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        if isinstance(self.matrix, Tensor) and not self._widened:
-            return (self.matrix @ x.to(self.matrix)).float().cpu()
-        dtype = self._working
-        x = x.to(self._device, dtype)
-        return torch.cat([(chunk.to(dtype) @ x).float().cpu() for _, chunk in self._chunks()])
-
-    def _left(self, y: Tensor) -> Tensor:
-        y = y.contiguous()
-        if isinstance(self.matrix, Tensor) and not self._widened:
-            return (y.to(self.matrix) @ self.matrix).float().cpu()
-        dtype = self._working
-        y = y.to(self._device)
-        total = torch.zeros(y.shape[0], self.matrix.shape[1], device=self._device)
-        for start, chunk in self._chunks():
-            total += y[:, start : start + chunk.shape[0]].to(dtype) @ chunk.to(dtype)
-        return total.cpu()
-
-    @property
-    def _widened(self) -> bool:
-        return self.precise and self.matrix.dtype != torch.float32
-
-    @property
-    def _device(self) -> torch.device:
-        return self.matrix.device if isinstance(self.matrix, Tensor) else torch.device("cpu")
-
-    @property
-    def _working(self) -> torch.dtype:
-        return torch.float32 if self.precise else self.matrix.dtype
-
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        if isinstance(self.matrix, Blocks):
-            yield from self.matrix
-            return
-        rows = max(1, _CHUNK // self.matrix.shape[1])
-        for start in range(0, self.matrix.shape[0], rows):
-            yield start, self.matrix[start : start + rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,20 +100,23 @@ def leading_triplets(
     generator: torch.Generator,
     side: Side = "write",
     polished: bool = False,
+    gains: Gains = ONES,
 ) -> Triplets:
-    """Top singular triplets of a stored matrix; left vectors live on `side`.
+    """Top singular triplets of a stored matrix within its gains; left vectors live on `side`.
 
     A bfloat16 matrix is multiplied in bfloat16 unless its spectrum is too steep for that.
     """
     if is_small(*matrix.shape):
         matrix = matrix.cpu() if isinstance(matrix, Tensor) else matrix.whole()
+        matrix = folded(matrix, gains)
         return exact_svd(matrix if side == "write" else matrix.T, rank)
     state = generator.get_state()
-    precise = Dense(matrix, side, precise=True)
+    plain = Dense(matrix, side, gains=gains)
+    precise = replace(plain, precise=True)
     with fast_float32(matrix):
         if matrix.dtype == torch.float32:
             return block_krylov(precise, rank, generator=generator)
-        found = block_krylov(Dense(matrix, side), rank, generator=generator, reach=BFLOAT16_REACH)
+        found = block_krylov(plain, rank, generator=generator, reach=BFLOAT16_REACH)
         if out_of_reach(found.scale, rank, BFLOAT16_REACH):
             generator.set_state(state)
             return block_krylov(precise, rank, generator=generator)
@@ -449,45 +347,3 @@ def blocks_of(scale: Float[Tensor, " k"], noise: float = 0.0) -> list[int]:
         close = gap < max(NEAR_EQUAL * float(scale[i - 1]), 5 * noise)
         numbers[i] = numbers[i - 1] + (not close)
     return numbers
-
-
-@contextmanager
-def fast_float32(matrix: Tensor | Blocks) -> Iterator[None]:
-    """Send large float32 products to oneDNN within the context, where that stays float32.
-
-    On processors without bfloat16 tiles oneDNN runs a true float32 kernel, 2.5-4 times faster for
-    thin products than MKL on some; where a self-check finds rounding to bfloat16, nothing changes.
-    """
-    wanted = matrix.dtype == torch.float32 and matrix.numel() >= _FAST_SIZE
-    if not (wanted and _onednn_is_accurate()):
-        yield
-        return
-    setting = _matmul_setting()
-    previous = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = previous
-
-
-def _matmul_setting() -> Any:
-    """oneDNN's precision setting for products; None in torch versions without it."""
-    return getattr(torch.backends.mkldnn, "matmul", None)
-
-
-@lru_cache(maxsize=1)
-def _onednn_is_accurate() -> bool:
-    setting = _matmul_setting()
-    if setting is None or not torch.backends.mkldnn.is_available():
-        return False
-    draw = torch.Generator().manual_seed(0)
-    a = torch.randn(256, 512, generator=draw)
-    b = torch.randn(512, 16, generator=draw)
-    previous = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        error = ((a @ b).double() - a.double() @ b.double()).norm() / 512**0.5
-    finally:
-        setting.fp32_precision = previous
-    return float(error) < 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,26 +13,12 @@ from torch import Tensor
 
 from mi_weightspace.core.components import Components
 from mi_weightspace.core.direction import Direction
-from mi_weightspace.core.evidence import (
-    LARGE,
-    cosine,
-    cosine_without,
-    participation,
-    projected_energy,
-    row_energies,
-    row_normalised,
-    sign_cosine_p,
-    sign_flip_ratio_p,
-    sketched,
-)
+from mi_weightspace.core.evidence import cosine, cosine_without, cosines, participation
 from mi_weightspace.core.seeds import generator
-from mi_weightspace.core.site import Side, Site
+from mi_weightspace.core.site import SIDES, Side
 from mi_weightspace.core.stats import isotropic_cosine_p, rank_p, sign_flips
-from mi_weightspace.models.rounding import flip_signs
-from mi_weightspace.models.weights import Difference, WeightSource
-from mi_weightspace.spectral.decompose import UNRESOLVED_ANGLE, clears, folded
-from mi_weightspace.spectral.form import form
-from mi_weightspace.spectral.krylov import Dense, blocks_of, leading_triplets, top_value
+from mi_weightspace.models.weights import WeightSource
+from mi_weightspace.spectral.face import Face, Nulls, faces
 from mi_weightspace.spectral.stage_evidence import StageEvidence
 
 NAMED_ENERGY = 2 / 3
@@ -42,8 +28,6 @@ Of the pairs, not of their mean: where each item changes in its own way (copying
 says), one vector may hold the mean and still be no account of the change.
 """
 N_REFERENCE = 199
-MAY_PASS = 0.1
-"""Rank p among a large matrix's controls up to which signs are flipped on the matrix itself."""
 
 
 @dataclass(eq=False)
@@ -65,8 +49,13 @@ def measure(
     *,
     n_null: int,
     seed: int,
+    alpha: float = 0.05,
 ) -> None:
-    """Fill the values of all rows of one matrix; the matrix is formed once."""
+    """Fill the values of all rows of one matrix; the matrix is formed once.
+
+    Args:
+        alpha: level of the tests; decides no value, only what no verdict can ask for.
+    """
     parts = rows[0].parts
     for row in rows:
         _describe(row)
@@ -74,59 +63,17 @@ def measure(
         _permutation(row, evidence)
     if source is None or not float(parts.facts.get("fro") or 0.0):  # pyright: ignore[reportArgumentType]
         return
-    matrix = change(source, parts.site)
-    if parts.facts.get("folded", True):
-        matrix = folded(matrix, source, parts.site)
-    for side in dict.fromkeys(row.side for row in rows):
+    fold = bool(parts.facts.get("folded", True))
+    sides = faces(source, parts.site, fold=fold, seed=seed, name=parts.site.name)
+    for side in SIDES:
         own = [row for row in rows if row.side == side]
-        looked = _looked_at(matrix if side == "write" else matrix.T.contiguous(), own, n_null, seed)
+        if not own:
+            continue
+        face = sides(side)
+        _against(own, face, n_null=n_null, seed=seed, alpha=alpha)
         for row in own:
-            _against(row, looked, n_null=n_null, seed=seed)
-            _nuisances(row, looked.normed.left, unembedding_mean)
-            _effect(row, looked.matrix, evidence)
-
-
-class Looked(NamedTuple):
-    """One side of a matrix, and what all directions there share.
-
-    Attributes:
-        matrix: (d, n), rows indexed by the directions' coordinates; `narrow` its sketch.
-        energies: ``‖D_i‖²``.
-        drawn: signs of the flips, for a large matrix; else each direction draws its own.
-        ratios, projected: of every direction's vectors (`_vectors`), R and ``‖wᵀD‖²``.
-    """
-
-    matrix: Float[Tensor, "d n"]
-    narrow: Float[Tensor, "d r"]
-    energies: Float[Tensor, " d"]
-    normed: Normalised
-    drawn: Float[Tensor, "b d"] | None
-    ratios: dict[int, Tensor]
-    projected: dict[int, Tensor]
-
-
-def _looked_at(matrix: Float[Tensor, "d n"], rows: Sequence[Row], n_null: int, seed: int) -> Looked:
-    parts, side = rows[0].parts, rows[0].side
-    name = f"{parts.site.name}/{side}"
-    energies = row_energies(matrix)
-    stacked = [_vectors(row.direction) for row in rows]
-    counts = [len(vectors) for vectors in stacked]
-    every = torch.cat(stacked)
-    projected = projected_energy(matrix, every)  # one product for all directions and controls
-    ratios = projected / (every.double().square() @ energies)
-    drawn = None
-    if matrix.numel() >= LARGE:
-        draw_name = f"{parts.stage}/{name}"
-        drawn = sign_flips(len(energies), n_null, seed=seed, name=draw_name).float()
-    return Looked(
-        matrix,
-        sketched(matrix, seed=seed, name=name),
-        energies,
-        leading_normalised(matrix, energies, seed=seed, name=name),
-        drawn,
-        {id(row): own for row, own in zip(rows, ratios.split(counts), strict=True)},
-        {id(row): own for row, own in zip(rows, projected.split(counts), strict=True)},
-    )
+            _nuisances(row, face.left, unembedding_mean)
+            _effect(row, face, evidence)
 
 
 def _vectors(direction: Direction) -> Float[Tensor, "k d"]:
@@ -137,49 +84,6 @@ def _vectors(direction: Direction) -> Float[Tensor, "k d"]:
         ranked, controls = direction.pattern, direction.control_patterns
     rows = [direction.pattern[None], first[None], ranked[None]]
     return torch.cat(rows if controls is None else [*rows, controls])
-
-
-def change(source: WeightSource, site: Site) -> Float[Tensor, "d_out d_in"]:
-    """The matrix under judgement: float32, but a large bfloat16 difference as it was decomposed.
-
-    Products of the latter are bfloat16 too: R is then good to 1e-3. The next call of this thread
-    overwrites it.
-    """
-    large = site.d_out * site.d_in >= LARGE
-    if large and isinstance(source, Difference) and source.factors(site) is None:
-        return form(source.before.stored(site), source.after.stored(site), reuse=True).matrix
-    return source.weight(site).cpu()
-
-
-class Normalised(NamedTuple):
-    """First left vector of a row-normalised matrix, which the sign test is about.
-
-    `resolved`: it is certified and above the edge of the same matrix with random entry signs.
-    """
-
-    left: Float[Tensor, " d"]
-    resolved: bool
-
-
-def leading_normalised(
-    matrix: Float[Tensor, "d n"],
-    energies: Float[Tensor, " d"] | None = None,
-    *,
-    seed: int,
-    name: str,
-) -> Normalised:
-    """Of ``diag(1/‖D_i‖) D``; `energies`: the ``‖D_i‖²`` where they are at hand."""
-    if matrix.numel() < LARGE:
-        matrix = matrix.float()
-    normed = row_normalised(matrix, energies)
-    found = leading_triplets(normed, 4, generator=generator(seed, "row normalised", name))
-    flip_signs(normed, seed=seed, name=f"row normalised {name}")
-    edge = top_value(Dense(normed), generator=generator(seed, "row normalised edge", name))
-    noise = edge / (math.sqrt(normed.shape[0]) + math.sqrt(normed.shape[1]))
-    last = blocks_of(found.scale, noise).count(0) - 1
-    certified = found.certificate(0, last) <= UNRESOLVED_ANGLE
-    above = clears(float(found.scale[0]), edge, *normed.shape)
-    return Normalised(found.left[0], bool(certified and above))
 
 
 def _describe(row: Row) -> None:
@@ -292,29 +196,36 @@ def _named(row: Row, evidence: StageEvidence) -> dict[str, Any]:
     }
 
 
-def _against(row: Row, looked: Looked, *, n_null: int, seed: int) -> None:
+def _against(rows: Sequence[Row], face: Face, *, n_null: int, seed: int, alpha: float) -> None:
     """R, its sign-flip null, the row-normalised sign test, and what is ranked among controls."""
-    direction, normed = row.direction, looked.normed
-    name = f"{row.parts.stage}/{row.parts.site.name}/{row.side}/{direction.name}"
-    flips: dict[str, Any] = {"n_null": n_null, "seed": seed, "name": name}
-    pattern, ratios = direction.pattern, looked.ratios[id(row)]
-    # only where the rank among controls may pass does the sign test decide anything
-    whole = looked.drawn is None or len(ratios) < 4
-    whole = whole or float(rank_p(ratios[2], ratios[3:])) <= MAY_PASS
-    flipped = looked.matrix if whole else looked.narrow
-    drawn = None if whole else looked.drawn
-    row.values |= {
-        "R": float(ratios[0]),
-        "p_sign": sign_flip_ratio_p(flipped, pattern, **flips, drawn=drawn),
-        "cosine_row_normalised": cosine(normed.left, pattern),
-        "p_row_normalised": sign_cosine_p(normed.left, pattern, **flips, drawn=looked.drawn),
-        "resolved_row_normalised": normed.resolved,
-        "energy_share": float(looked.projected[id(row)][0] / looked.energies.sum()),
-    }
-    if direction.filter is not None:
-        row.values["R_lda"] = float(ratios[1])
-    if len(ratios) > 3:
-        row.ranked = ratios[2:]
+    stacked = [_vectors(row.direction) for row in rows]
+    counts = [len(vectors) for vectors in stacked]
+    projected = face.projected(torch.cat(stacked))  # one product for all directions and controls
+    ratios = projected / (torch.cat(stacked).double().square() @ face.energies)
+    whole = float(face.energies.sum())
+    nulls = [
+        Nulls(n_null, seed, f"{r.parts.stage}/{r.parts.site.name}/{r.side}/{r.direction.name}")
+        for r in rows
+    ]
+    p_cosines = face.cosine_ps([row.direction.pattern for row in rows], nulls)
+    parts = zip(ratios.split(counts), projected.split(counts), strict=True)
+    for row, null, p_cosine, (own, energy) in zip(rows, nulls, p_cosines, parts, strict=True):
+        ranked = own[2:] if len(own) > 3 else None
+        # a verdict asks whether the sign test's vector is resolved only where both tests pass;
+        # the rank over all matrices that it reads is never below this one
+        open_still = ranked is None or float(rank_p(ranked[0], ranked[1:])) <= alpha
+        needed = "G" in row.values or (open_still and p_cosine <= alpha)
+        row.values |= {
+            "R": float(own[0]),
+            "p_sign": face.flip_p(row.direction.pattern, null, decides=ranked is None),
+            "cosine_row_normalised": cosine(face.left, row.direction.pattern),
+            "p_row_normalised": p_cosine,
+            "resolved_row_normalised": face.resolved(needed=needed),
+            "energy_share": float(energy[0]) / whole,
+        }
+        if row.direction.filter is not None:
+            row.values["R_lda"] = float(own[1])
+        row.ranked = ranked
 
 
 def _nuisances(
@@ -343,19 +254,18 @@ def _nuisances(
             named += [(f"control {n}{what}", v) for n, v in zip(names, rows, strict=True)]
     if not named:
         return
-    sizes = [cosine(u, vector) for _, vector in named]
-    best = max(range(len(sizes)), key=sizes.__getitem__)
-    tested = [cosine(normed, vector) for _, vector in named]
-    nearest = max(range(len(tested)), key=tested.__getitem__)
+    vectors = torch.stack([vector.float() for _, vector in named])
+    sizes, tested = cosines(vectors, u), cosines(vectors, normed)
+    best, nearest = int(sizes.argmax()), int(tested.argmax())
     own = direction.pattern if direction.filter is None else direction.filter
     row.values |= {
-        "nuisance_cosine": sizes[best],
+        "nuisance_cosine": float(sizes[best]),
         "nuisance_name": named[best][0],
-        "explained_by": named[nearest][0] if tested[nearest] > cosine(normed, own) else "",
+        "explained_by": named[nearest][0] if float(tested[nearest]) > cosine(normed, own) else "",
     }
 
 
-def _effect(row: Row, matrix: Float[Tensor, "d n"], evidence: StageEvidence | None) -> None:
+def _effect(row: Row, face: Face, evidence: StageEvidence | None) -> None:
     """``wᵀ D Δh``: what the matrix's change writes along w for the target's own input shift."""
     if evidence is None or row.side != "write" or row.parts.stage not in evidence.gates:
         return
@@ -367,7 +277,7 @@ def _effect(row: Row, matrix: Float[Tensor, "d n"], evidence: StageEvidence | No
         return
     index = [c.name for c in after.contrasts].index(evidence.target)
     shift = (before.site_shift[site][index] + after.site_shift[site][index]) / 2
-    row.values["effect"] = float(row.direction.pattern @ (matrix @ shift.to(matrix.dtype)).float())
+    row.values["effect"] = float(row.direction.pattern @ face.written(shift.float()))
 
 
 def component_rows(row: Row) -> Iterator[dict[str, Any]]:

@@ -159,7 +159,7 @@ def project(
             source = sources(parts)
             mean = None if source is None else sources.unembedding_mean(parts.stage)
             ran = None if _own_weights(parts) else evidence
-            measure(own, source, mean, ran, n_null=n_null, seed=seed)
+            measure(own, source, mean, ran, n_null=n_null, seed=seed, alpha=alpha)
             details += [detail for row in own for detail in component_rows(row)]
         rows += own
     if not rows:

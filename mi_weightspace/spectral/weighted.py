@@ -31,9 +31,8 @@ from mi_weightspace.models.harvest import memory_tokens
 from mi_weightspace.models.lens import Lens
 from mi_weightspace.models.rounding import flip_signs
 from mi_weightspace.models.weights import Factors, WeightSource
+from mi_weightspace.spectral.dense import Dense, Operator
 from mi_weightspace.spectral.krylov import (
-    Dense,
-    Operator,
     Triplets,
     block_krylov,
     blocks_of,

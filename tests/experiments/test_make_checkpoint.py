@@ -11,8 +11,8 @@ import torch
 
 import mi_weightspace as mw
 from benchmarks.collect import page
+from benchmarks.machine import Peak
 from benchmarks.make_checkpoint import PRESETS, make
-from benchmarks.sweep import Peak
 from mi_weightspace.core.direction_io import load_directions
 from mi_weightspace.spectral.blocks import private_bytes
 from mi_weightspace.spectral.progress import rates

@@ -22,7 +22,8 @@ from mi_weightspace.models.rounding import (
     spacing,
     threshold,
 )
-from mi_weightspace.spectral.krylov import Dense, top_value
+from mi_weightspace.spectral.dense import Dense
+from mi_weightspace.spectral.krylov import top_value
 
 pytestmark = pytest.mark.quick
 

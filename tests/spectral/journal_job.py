@@ -15,8 +15,9 @@ from mi_weightspace.core.components import Components
 from mi_weightspace.core.errors import CheckpointError
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.models.weights import CheckpointSource, Difference
+from mi_weightspace.spectral.dense import Dense
 from mi_weightspace.spectral.journal import run_sites
-from mi_weightspace.spectral.krylov import Dense, block_krylov
+from mi_weightspace.spectral.krylov import block_krylov
 
 
 @dataclass(frozen=True)

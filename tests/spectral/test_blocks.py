@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from mi_weightspace.core.space import Space
 from mi_weightspace.models.rounding import flip_signs
 from mi_weightspace.spectral import blocks
 from mi_weightspace.spectral.blocks import Blocks, block_rows, private_bytes, workers_within
-from mi_weightspace.spectral.form import form
-from mi_weightspace.spectral.krylov import Dense, leading_triplets
+from mi_weightspace.spectral.dense import Dense, Gains, folded
+from mi_weightspace.spectral.form import form, subtract
+from mi_weightspace.spectral.krylov import leading_triplets
 from mi_weightspace.spectral.svd import known_device
 
 pytestmark = pytest.mark.quick
@@ -34,25 +36,44 @@ def pair(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gains", ["", "read", "write", "both"])
-def test_blocks_are_the_matrix_bit_for_bit(dtype: torch.dtype, gains: str) -> None:
+def test_blocks_are_the_matrix_bit_for_bit(dtype: torch.dtype) -> None:
     before, after = pair(dtype)
-    draw = generator(1, "gains")
-    read = torch.rand(N, generator=draw) + 0.5 if gains in ("read", "both") else None
-    write = torch.rand(M, generator=draw) + 0.5 if gains in ("write", "both") else None
-    got = Blocks(before, after, 64, read, write)
-    whole = form(before, after).matrix
-    if gains:
-        whole = whole.float() * (1 if read is None else read)
-        whole = whole * (1 if write is None else write[:, None])
+    got, whole = Blocks(before, after, 64), form(before, after).matrix
     assert [start for start, _ in got] == [0, 64]
-    assert got.dtype == whole.dtype
+    assert got.dtype == whole.dtype == dtype
     assert torch.equal(got.whole(), whole)
-    assert got.fro() == pytest.approx(float(whole.double().norm()), rel=1e-5)
+    assert torch.equal(subtract(before, after), whole)
     flipped = whole.clone()
     flip_signs(flipped, seed=3, name="x")
     assert torch.equal(got.flipped(3, "x").whole(), flipped)
     assert not torch.equal(got.flipped(4, "x").whole(), flipped)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("side", ["read", "write"])
+@pytest.mark.parametrize("which", ["", "read", "write", "both"])
+def test_gains_in_the_factors_are_gains_in_the_matrix(which: str, side: Any, blocked: bool) -> None:
+    before, after = pair(torch.bfloat16)
+    draw = generator(1, "gains")
+    read = torch.rand(N, generator=draw) + 0.5 if which in ("read", "both") else None
+    write = torch.rand(M, generator=draw) + 0.5 if which in ("write", "both") else None
+    gains, whole = Gains(read, write), form(before, after).matrix
+    expected = whole.double()
+    expected = expected if read is None else expected * read.double()
+    expected = expected if write is None else write.double()[:, None] * expected
+    torch.testing.assert_close(folded(whole, gains).double(), expected, rtol=1e-6, atol=0)
+    matrix = Blocks(before, after, 32) if blocked else whole
+    seen = Dense(matrix, side, precise=True, gains=gains)
+    own = expected if side == "write" else expected.T
+    x, y = torch.randn(own.shape[1], 3, generator=draw), torch.randn(2, own.shape[0])
+    assert float((seen.times(x) - own @ x.double()).norm() / (own @ x.double()).norm()) < 1e-5
+    assert float((seen.left_times(y) - y.double() @ own).norm() / own.norm()) < 1e-5
+    torch.testing.assert_close(seen.energies(), own.square().sum(1), rtol=1e-5, atol=0)
+    assert seen.fro() == pytest.approx(float(own.norm()), rel=1e-6)
+    found = leading_triplets(matrix, 1, generator=draw, side=side, gains=gains)
+    u, s, _ = torch.linalg.svd(own, full_matrices=False)
+    assert float((found.left[0].double() @ u[:, 0]).abs()) > 1 - 1e-5
+    assert float(found.scale[0]) == pytest.approx(float(s[0]), rel=1e-3)
 
 
 def test_products_and_triplets_are_those_in_memory() -> None:

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.models.rounding import edge_spread
+from mi_weightspace.spectral.dense import Dense, fast_float32, flop_done
 from mi_weightspace.spectral.krylov import (
     BFLOAT16_REACH,
-    Dense,
     Triplets,
     block_krylov,
     blocks_of,
     exact_svd,
-    fast_float32,
-    flop_done,
     is_small,
     leading_triplets,
     orthonormalise,

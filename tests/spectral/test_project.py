@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import mi_weightspace as mw
-from mi_weightspace.core import evidence
 from mi_weightspace.core.components import Components
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.errors import DirectionError, MismatchError
@@ -24,7 +23,7 @@ from mi_weightspace.models import toy
 from mi_weightspace.models.grammar import shape_of, sites_of
 from mi_weightspace.models.lineage import Lineage
 from mi_weightspace.organisms.truth import matrix_of
-from mi_weightspace.spectral import measure as measure_module
+from mi_weightspace.spectral import face as face_module
 from mi_weightspace.spectral.project import ProjectionReport, pairs_of, project
 from mi_weightspace.spectral.svd import SvdReport
 
@@ -491,9 +490,8 @@ def test_the_route_of_large_matrices_gives_the_same_words(
     """One product, shared signs, sketches: what decides stays the same."""
     report = case[1]
     small = ask(report, direction()).table
-    for module in (evidence, measure_module):
-        monkeypatch.setattr(module, "LARGE", 1)
-    monkeypatch.setattr(evidence, "SKETCH", 8)
+    monkeypatch.setattr(face_module, "LARGE", 1)
+    monkeypatch.setattr(face_module, "SKETCH", 8)
     large = ask(report, direction()).table
     assert list(large["verdict"]) == list(small["verdict"])
     assert "aligned" in set(small["verdict"])
@@ -502,7 +500,10 @@ def test_the_route_of_large_matrices_gives_the_same_words(
     np.testing.assert_allclose(
         large["cosine_row_normalised"], small["cosine_row_normalised"], atol=0.02
     )
-    kept = small["p_lda_rank"] <= measure_module.MAY_PASS
-    assert kept.any() and not kept.all()
-    assert list(large["p_sign"][kept]) == list(small["p_sign"][kept])  # flipped on the matrix
-    assert list(large["p_sign"][~kept]) != list(small["p_sign"][~kept])  # on its sketch
+    # the edge of a row-normalised matrix is drawn only where a verdict may ask for it
+    asked = (large["p_lda_rank"] <= 0.05) & (large["p_row_normalised"] <= 0.05)
+    assert asked.any() and not asked.all()
+    assert large["resolved_row_normalised"][asked].all()
+    assert large["resolved_row_normalised"][~asked].isna().all()
+    bare = ask(report, direction(control_patterns=None, control_filters=None)).table
+    assert bare["resolved_row_normalised"][bare["p_row_normalised"] <= 0.05].notna().all()

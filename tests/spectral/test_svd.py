@@ -216,12 +216,12 @@ def test_a_whole_checkpoint_is_a_source_too(tmp_path: Path) -> None:
 def test_pure_noise_is_unresolved_and_a_spike_is_not() -> None:
     """Also where a matrix is decomposed exactly, so that no angle is in doubt."""
     from mi_weightspace.spectral.decompose import clears
-    from mi_weightspace.spectral.measure import leading_normalised
+    from mi_weightspace.spectral.face import SmallFace
 
     noise = [torch.randn(64, 96, generator=torch.Generator().manual_seed(i)) for i in range(60)]
-    found = [leading_normalised(m, seed=0, name=str(i)).resolved for i, m in enumerate(noise)]
-    assert sum(found) <= 3
+    faces = [SmallFace(m, seed=0, name=str(i)) for i, m in enumerate(noise)]
+    assert sum(bool(face.resolved(needed=True)) for face in faces) <= 3
     u, v = torch.ones(64) / 8, torch.ones(96) / 96**0.5
     spiked = noise[0] + 2.5 * (64**0.5 + 96**0.5) * u[:, None] * v
-    assert leading_normalised(spiked, seed=0, name="spike").resolved
+    assert SmallFace(spiked, seed=0, name="spike").resolved(needed=False)
     assert clears(2.0, 1.0, 64, 96) and not clears(1.01, 1.0, 64, 96)

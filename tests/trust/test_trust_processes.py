@@ -24,7 +24,8 @@ from mi_weightspace.spectral.svd import SvdReport
 
 HERE = Path(__file__).parent
 JOBS = ("sweep", "probe", "sae", "vpd")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ROOT = str(HERE.parents[1])  # for `benchmarks`
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": ROOT}
 
 
 def lives(jobs: tuple[str, ...], folder: Path, each: int, seed: int) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from pathlib import Path
 
 import torch
@@ -15,27 +14,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import mi_weightspace as mw
+from benchmarks.machine import Peak
 from mi_weightspace.core.seeds import generator
 from mi_weightspace.spectral import blocks
 from mi_weightspace.spectral.blocks import private_bytes, workers_within
-
-
-class Peak(threading.Thread):
-    """Highest private memory of this process while it runs, bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.highest, self._ended = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.is_set():
-            self.highest = max(self.highest, private_bytes())
-            self._ended.wait(0.001)
-
-    def stop(self) -> int:
-        self._ended.set()
-        self.join()
-        return self.highest
 
 
 def write(folder: Path, d: int, n: int) -> None:
@@ -89,7 +71,7 @@ def main() -> None:
         used = [0]
         whole = blocks.Blocks.__iter__
         blocks.Blocks.__iter__ = lambda self: (used.append(self.rows), whole(self))[1]
-        peak = Peak()
+        peak = Peak(0.001)
         peak.start()
         mw.svd(difference, "blocks.0.mlp.out", rank=8, memory_limit=limit / 1e9, progress=False)
         print(

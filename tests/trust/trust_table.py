@@ -1,7 +1,7 @@
 """Run the trust suite and write its figures as a table.
 
-    python tests/trust/trust_table.py            # what `make test` runs of it
-    python tests/trust/trust_table.py --slow     # everything; the table of benchmarks/results
+    python -m tests.trust.trust_table            # what `make test` runs of it
+    python -m tests.trust.trust_table --slow     # everything; the table of benchmarks/results
 
 A figure is one or more `trust_counter.Figure`s of one name; counts, failures and seconds of its
 parts are summed. The exit code is pytest's: a failing test leaves its failures in the table.
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
+from benchmarks.machine import machine
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "benchmarks" / "results" / "trust.md"
@@ -54,22 +54,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def machine() -> str:
-    memory = psutil.virtual_memory().total / 2**30
-    name = ""
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((n.split(":", 1)[1].strip() for n in lines if n.startswith("model name")), "")
-    return f"{os.cpu_count()} cores ({name or platform.machine()}), {memory:.0f} GB, one thread"
-
-
 def table(figures: list[dict[str, Any]], which: str) -> str:
     """The page; `which` says what was run."""
     versions = ", ".join(f"{p} {version(p)}" for p in PACKAGES)
     lines = [
         "# Trust figures",
         "",
-        f"`make trust`, {date.today().isoformat()}: {which}. {machine()}; Python "
+        f"`make trust`, {date.today().isoformat()}: {which}. {machine()}, one thread; Python "
         f"{platform.python_version()}, {versions}. A failure is a case that was not refused by "
         "name, hung, left something behind, or gave another answer than it must.",
         "",
