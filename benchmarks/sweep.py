@@ -65,10 +65,14 @@ def work(folder: Path, limit: float | None) -> dict[str, Any]:
     costs["project_shared"], _ = timed(
         lambda: mw.project(found, shared, n_null=999, progress=False)
     )
+    if limit is None:
+        own: dict[str, Any] = settings | {"compare_base": True}
+        costs["svd_base"], _ = timed(lambda: mw.svd(differences, rank=16, **own))
     named = tested.table.loc[tested.table["verdict"] == "aligned"]
     sites = found.tables["sites"]
     return costs | {
         "matrices": len(sites),
+        "entries": int((sites["d_out"] * sites["d_in"]).sum()),
         "private_before": before,
         "private_peak": svd_peak,
         "aligned": named[["stage", "site", "direction"]].to_numpy().tolist(),

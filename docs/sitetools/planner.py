@@ -15,9 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 LARGE = (5120, 13696)
-WHOLE_SECONDS, WITH_BASE_SECONDS = 0.6, 1.4
-"""CPU seconds of a whole `svd` of one 5120 × 13696 pair (README, "Speed and memory"): norms, noise
-edge and rounding flag; and with the comparison against the earlier matrix's own vectors."""
+BOTH = ("svd_base", "project_999")
 N_CHECKPOINTS, N_DIFFERENCES, BYTES = 3, 2, 2
 DISK = (1e9, 3e9)
 VPD_BLOCKS, VPD_COMPONENTS, VPD_BATCH, VPD_LENGTH = 5, 128, 4, 256
@@ -74,6 +72,14 @@ def sweep_seconds(shape: Shape, each: float) -> float:
     return N_DIFFERENCES * shape.entries * each / (LARGE[0] * LARGE[1])
 
 
+@cache
+def layer_seconds(*jobs: str) -> float:
+    """CPU seconds of these jobs for one large matrix, as last measured on whole 13B layers."""
+    rows = json.loads((RESULTS / "sweep.json").read_text())["rows"]
+    (row,) = [row["free"] for row in rows if row["size"] == "13B"]
+    return sum(row[job] for job in jobs) * LARGE[0] * LARGE[1] / row["entries"]
+
+
 def sweep_table() -> str:
     """The SVD sweep of base → SFT → DPO."""
     rows = [
@@ -88,11 +94,15 @@ def sweep_table() -> str:
         _row("triplets alone, CPU", lambda s: _time(sweep_seconds(s, kernel_seconds()))),
         _row(
             "whole `svd`, `compare_base=False`, CPU",
-            lambda s: _time(sweep_seconds(s, WHOLE_SECONDS)),
+            lambda s: _time(sweep_seconds(s, layer_seconds("svd"))),
         ),
-        _row("whole `svd`, CPU", lambda s: _time(sweep_seconds(s, WITH_BASE_SECONDS))),
-        _row("the same on 2 cores", lambda s: _time(sweep_seconds(s, WITH_BASE_SECONDS) / 2)),
-        _row("the same on 32 cores", lambda s: _time(sweep_seconds(s, WITH_BASE_SECONDS) / 32)),
+        _row("whole `svd`, CPU", lambda s: _time(sweep_seconds(s, layer_seconds("svd_base")))),
+        _row(
+            "`project`, 16 probes, 39 controls each, 999 flips, CPU",
+            lambda s: _time(sweep_seconds(s, layer_seconds("project_999"))),
+        ),
+        _row("both on 2 cores", lambda s: _time(sweep_seconds(s, layer_seconds(*BOTH)) / 2)),
+        _row("both on 32 cores", lambda s: _time(sweep_seconds(s, layer_seconds(*BOTH)) / 32)),
         _row("largest matrix, its difference in float32", lambda s: _bytes(4 * s.largest)),
     ]
     return "\n".join(rows)
