@@ -57,9 +57,12 @@ def work(folder: Path, limit: float | None) -> dict[str, Any]:
     svd_peak = peak.stop()
     costs = {"svd": seconds}
     costs["project"], _ = timed(lambda: mw.project(found, directions, n_null=19, progress=False))
+    peak = Peak()
+    peak.start()
     costs["project_999"], tested = timed(
         lambda: mw.project(found, directions, n_null=999, progress=False)
     )
+    project_peak = peak.stop()
     common = {k: getattr(directions[0], k) for k in ("control_patterns", "control_filters")}
     shared = [replace(direction, **common) for direction in directions]
     costs["project_shared"], _ = timed(
@@ -75,6 +78,7 @@ def work(folder: Path, limit: float | None) -> dict[str, Any]:
         "entries": int((sites["d_out"] * sites["d_in"]).sum()),
         "private_before": before,
         "private_peak": svd_peak,
+        "project_peak": project_peak,
         "aligned": named[["stage", "site", "direction"]].to_numpy().tolist(),
         "spectral": sites["spectral"].tolist(),
     }
@@ -118,7 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| shape | CPU-s a layer: svd / project, 19 flips / 999 flips / 999, controls shared "
         "| whole model on two cores, extrapolated: svd / with 19 / 999 / 999, controls shared "
-        "| private memory: before / peak, GB | limit, "
+        "| private memory: before / svd / project, GB | limit, "
         "GB: peak under it / CPU / largest change of s₁ "
         "| planted found; decoys of 15 called (level 5 % each) |",
         "|---|---|---|---|---|---|",
@@ -133,6 +137,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {a:.1f} / {b:.1f} / {c:.1f} / {d:.1f} "
             f"| {a * n:.0f} / {(a + b) * n:.0f} / {(a + c) * n:.0f} / {(a + d) * n:.0f} s "
             f"| {free['private_before'] / 1e9:.2f} / {free['private_peak'] / 1e9:.2f} "
+            f"/ {free['project_peak'] / 1e9:.2f} "
             f"| {row['limit']:.2f}: {tight['private_peak'] / 1e9:.2f} "
             f"/ {tight['svd'] / free['svd']:.1f}× / {row['largest_change']:.0e} "
             f"| {'yes' if row['found'] else 'no'}; {row['decoys']} |"

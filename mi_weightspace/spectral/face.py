@@ -97,10 +97,12 @@ class Face(Protocol):
         ...
 
 
-def faces(source: WeightSource, site: Site, *, fold: bool, seed: int, name: str) -> Faces:
+def faces(source: WeightSource, site: Site, *, fold: bool, seed: int, stage: str) -> Faces:
     """Both sides of a matrix of `source`, formed once; the next call of this thread ends them."""
     gains = gains_of(source, site) if fold else ONES
     large = site.d_out * site.d_in >= LARGE
+    # nulls that directions share are drawn anew for each stage
+    name = f"{stage}/{site.name}" if large else site.name
     if large and isinstance(source, Difference) and source.factors(site) is None:
         matrix = subtract(source.before.stored(site), source.after.stored(site))
         return Faces(matrix, gains, seed, name, large, own=True)
@@ -270,6 +272,8 @@ class LargeFace:
         with fast_float32(self.dense.matrix):
             return self.dense.times(columns)
 
+    _drawn: Tensor | None = None
+
     def _signs(self, nulls: Nulls) -> Float[Tensor, "1+b d"]:
         """Ones, then `n_null` draws."""
         d = self.dense.shape[0]
@@ -277,8 +281,6 @@ class LargeFace:
             drawn = shared_signs(d, nulls.n_null, seed=nulls.seed, name=self._name)
             self._drawn = torch.cat([torch.ones(1, d, dtype=drawn.dtype), drawn])
         return self._drawn
-
-    _drawn: Tensor | None = None
 
     def flip_p(self, vector: Float[Tensor, " d"], nulls: Nulls, *, decides: bool) -> float:
         signs = self._signs(nulls)

@@ -64,7 +64,7 @@ def measure(
     if source is None or not float(parts.facts.get("fro") or 0.0):  # pyright: ignore[reportArgumentType]
         return
     fold = bool(parts.facts.get("folded", True))
-    sides = faces(source, parts.site, fold=fold, seed=seed, name=parts.site.name)
+    sides = faces(source, parts.site, fold=fold, seed=seed, stage=parts.stage)
     for side in SIDES:
         own = [row for row in rows if row.side == side]
         if not own:
