@@ -279,11 +279,13 @@ class Judged:
         own, sign = effects[key], 1.0 if self.whole.behaviour >= 0 else -1.0
         others = [sign * e.behaviour for k, e in effects.items() if k != key]
         p = _rank(sign * own.behaviour, [sign * x for x in own.pieces], signed=True)
-        p_controls = (
-            _rank(sign * own.behaviour, [sign * x for x in own.controls], signed=True)
-            if own.controls
-            else nothing
-        )
+        # each in the direction of its own change: signed by the behaviour's alone, a control would
+        # be as likely against it as along it, and the rank half as large as it should be
+        along = [
+            x if whole >= 0 else -x
+            for x, whole in zip(own.controls, self.whole.controls, strict=True)
+        ]
+        p_controls = _rank(sign * own.behaviour, along, signed=True) if along else nothing
         share = own.behaviour / self.whole.behaviour if self.whole.behaviour else nothing
         alpha = self.settings.alpha
         bears = (

@@ -274,3 +274,12 @@ def test_what_it_takes_to_bear_a_behaviour(own: Effect, bears: bool) -> None:
     swapped = replace(swapped, pieces=tuple(-x for x in own.pieces))
     judged = Judged(SETTINGS, asked=True, whole=effect(-3.0, controls=-0.1))
     assert judged.columns({("a", 0): swapped}, ("a", 0))["bears"] is bears
+
+
+def test_controls_are_ranked_along_their_own_change() -> None:
+    """Controls that moved the other way count by what the component takes of *their* change."""
+    judged = Judged(SETTINGS, asked=True, whole=effect(3.0, controls=-1.0))
+    against = judged.columns({("a", 0): effect(2.0, controls=-2.5)}, ("a", 0))
+    assert against["p_controls"] == 1.0 and not against["bears"]
+    along = judged.columns({("a", 0): effect(2.0, controls=2.5)}, ("a", 0))
+    assert along["p_controls"] == pytest.approx(1 / 21) and along["bears"]
