@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_weightspace.core.stats import cluster_weights, percentile_interval
+from mi_weightspace.core.direction import Direction
+from mi_weightspace.core.shifts import cluster_index, cluster_signs
+from mi_weightspace.core.stats import auroc, cluster_weights, percentile_interval, rank_p
 from probes.gate_interventions import Change, Intervened, Outcome, Subspaces
 from probes.gate_judge import WINDOW, bootstrap, ranked, two_sided_p
 from probes.gate_nulls import REFERENCES
@@ -201,6 +203,32 @@ def _adjust(rows: Sequence[dict[str, Any]], effects: Sequence[Mapping[str, Tenso
             null = torch.stack([effects[i][DECIDING] for i in steers], dim=1)
             for i, p in zip(steers, two_sided_p(observed, null)[1].tolist(), strict=True):
                 rows[i]["p_adjusted"] = p
+
+
+# ---- detection -----------------------------------------------------------------------------
+def detection(
+    values: Float[Tensor, "n 2 d"],
+    direction: Direction,
+    clusters: Sequence[str],
+    *,
+    in_sample: bool,
+    seed: int,
+) -> tuple[float, float]:
+    """AUROC of the two sides along a direction, and p that they differ along it.
+
+    The p is that of sign flips of whole clusters. Along a direction fitted on these very pairs
+    (`in_sample`) noise differs too, and the held-out p of the fit stands in its place, where known.
+    """
+    along = values.double() @ direction.pattern.double()
+    labels = torch.tensor([1, 0]).expand(len(along), 2)
+    score = auroc(along.flatten(), labels.flatten())
+    known = float(direction.fit.get("p_adjusted", math.nan))
+    if in_sample and not math.isnan(known):
+        return score, known
+    shift = along[:, 0] - along[:, 1]
+    flips = cluster_signs(cluster_index(clusters), 999, seed=seed, name="gate")
+    # a direction of this contrast is positive towards the frame; a decoy may be either way
+    return score, float(rank_p(shift.mean().abs(), (flips @ shift / len(shift)).abs()))
 
 
 # ---- specificity and side effects ----------------------------------------------------------

@@ -22,8 +22,8 @@ from mi_weightspace.core.contrasts import Contrast, ContrastSet, Pair, Split
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.errors import ConfigError
 from mi_weightspace.core.readout import Readout
-from mi_weightspace.core.shifts import cluster_index, cluster_signs, differences, mean_shift
-from mi_weightspace.core.stats import auroc, cluster_weights, rank_p
+from mi_weightspace.core.shifts import differences, mean_shift
+from mi_weightspace.core.stats import cluster_weights
 from mi_weightspace.models.harvest import harvest
 from mi_weightspace.models.lens import Lens
 from mi_weightspace.models.load import load
@@ -38,7 +38,7 @@ from probes.gate_interventions import (
 )
 from probes.gate_judge import DETECTION_P, Protocol, judge
 from probes.gate_nulls import REFERENCES, empty, null_subspaces, of_controls, of_direction
-from probes.gate_numbers import DECIDING, Measured, Test, measure, tests_of
+from probes.gate_numbers import DECIDING, Measured, Test, detection, measure, tests_of
 from probes.gate_prompts import (
     FRAME,
     NEUTRAL,
@@ -310,14 +310,11 @@ class _Bench:
     def facts(self) -> dict[str, Any]:
         """Sizes of the run, and whether the direction tells the two sides apart at all."""
         clusters = [p.cluster_id for p in self.pairs]
-        along = self.values @ self.direction.pattern.double()
-        labels = torch.tensor([1, 0]).expand(len(along), 2)
-        shift = differences(along[..., None])[:, 0]
-        flips = cluster_signs(cluster_index(clusters), 999, seed=self.asked.seed, name="gate")
-        # a direction of this contrast is positive towards the frame; a decoy may be either way
-        p = float(rank_p(shift.mean().abs(), (flips @ shift / len(shift)).abs()))
+        own = self.direction.label == self.target.name and any(p.split == "fit" for p in self.pairs)
+        score, p = detection(
+            self.values, self.direction, clusters, in_sample=own, seed=self.asked.seed
+        )
         known = float(self.direction.fit.get("p_adjusted", math.nan))
-        score = auroc(along.flatten(), labels.flatten())
         detects = p <= DETECTION_P or known <= DETECTION_P
         return {
             "ablation": self.asked.ablation,

@@ -413,6 +413,31 @@ def test_a_run_is_saved_plotted_and_judged_again_by_the_other_protocol(tmp_path:
     assert "under" not in repr(loaded).splitlines()[0] and "underpowered" in repr(loaded)
 
 
+def test_a_direction_of_these_pairs_is_detected_by_its_own_held_out_p() -> None:
+    """In sample any fitted direction separates its pairs; the fit's held-out p does not."""
+    lens, prompts = lens_of(), contrast_set()
+    own = some_direction(lens, fit={"p_adjusted": 0.4})
+    elsewhere = ContrastSet(
+        "set",
+        (
+            Contrast(
+                "target",
+                "target",
+                tuple(replace(p, split="heldout_register") for p in prompts["target"].pairs),
+            ),
+        ),
+    )
+    known = probes.gate(lens, own, prompts, **small()).verdicts[0].evidence["p_detection"]
+    assert known == 0.4
+    for direction, asked in (
+        (some_direction(lens), prompts),
+        (replace(own, label="another"), prompts),
+        (own, elsewhere),
+    ):
+        found = probes.gate(lens, direction, asked, **small()).verdicts[0].evidence["p_detection"]
+        assert isinstance(found, float) and found != 0.4 and (1000 * found) % 1 < 1e-6
+
+
 def test_variants_run_and_few_pairs_are_underpowered_but_saved(tmp_path: Path) -> None:
     lens, prompts = lens_of("gpt2"), contrast_set(6, 0)
     d = some_direction(lens)
