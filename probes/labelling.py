@@ -252,18 +252,28 @@ class _Design:
         self.labels = labelled.labels.numpy()
         self.index = labelled.cluster_index.numpy()
         self.n = labelled.n_clusters
-        rng = numpy_generator(seed, "confounds", "folds")
-        order = rng.permutation(self.n)
-        folds = np.empty(self.n, dtype=int)
-        share = np.bincount(self.index, self.labels) / np.bincount(self.index)
-        # clusters dealt out in order of their share of label 1, so that folds are balanced
-        folds[order[np.argsort(share[order], kind="stable")]] = np.arange(self.n) % min(
-            FOLDS, self.n
-        )
-        self.folds = folds[self.index]
+        self.order = numpy_generator(seed, "confounds", "folds").permutation(self.n)
+        share = self._share(self.labels)
         self.pure = bool(np.isin(share, (0.0, 1.0)).all())
         self.cluster_label = (share > 0.5).astype(int)
         self.rng = numpy_generator(seed, "confounds", "permutations")
+
+    def _share(self, labels: np.ndarray) -> np.ndarray:
+        """Share of label 1 in each cluster."""
+        return np.bincount(self.index, labels) / np.bincount(self.index)
+
+    def folds(self, labels: np.ndarray) -> np.ndarray:
+        """Fold of every row: clusters dealt out in order of their share of label 1.
+
+        Of the labels scored: folds balanced for the given labels alone would give permuted ones
+        unbalanced folds, where held-out scores lie lower, and the p would be too small.
+        """
+        share = self._share(labels)
+        folds = np.empty(self.n, dtype=int)
+        folds[self.order[np.argsort(share[self.order], kind="stable")]] = np.arange(self.n) % min(
+            FOLDS, self.n
+        )
+        return folds[self.index]
 
     def permuted(self) -> np.ndarray:
         """Labels permuted over clusters of one label, else within each cluster."""
@@ -292,8 +302,9 @@ class _Design:
     def _bayes(self, counts: np.ndarray, labels: np.ndarray) -> float:
         """AUROC of out-of-fold log-odds of naive Bayes, centred within each fold."""
         scores = np.zeros(len(labels))
-        for fold in np.unique(self.folds):
-            test = self.folds == fold
+        folds = self.folds(labels)
+        for fold in np.unique(folds):
+            test = folds == fold
             train = ~test
             ones = int(labels[train].sum())
             zeros = int(train.sum()) - ones

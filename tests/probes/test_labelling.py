@@ -145,8 +145,9 @@ def test_words_against_naive_bayes_of_another_library() -> None:
     table = _presence([str(row.prompt).split() for row in labelled])
     y = labelled.labels.numpy()
     scores = np.zeros(len(y))
-    for fold in np.unique(design.folds):
-        test = design.folds == fold
+    folds = design.folds(y)
+    for fold in np.unique(folds):
+        test = folds == fold
         assert not set(design.index[test]) & set(design.index[~test]), "clusters stay whole"
         model = BernoulliNB(alpha=1.0).fit(table[~test], y[~test])
         odds = model.feature_log_prob_[1] - model.feature_log_prob_[0]
@@ -156,10 +157,14 @@ def test_words_against_naive_bayes_of_another_library() -> None:
 
 
 def test_folds_hold_both_labels() -> None:
+    """Of permuted labels too: the null's folds are as balanced as those of the observed score."""
     for n in (16, 24, 50):
         design = _Design(balanced(n), 1)
-        for fold in np.unique(design.folds):
-            assert set(design.labels[design.folds == fold]) == {0, 1}
+        for labels in (design.labels, *(design.permuted() for _ in range(5))):
+            folds = design.folds(labels)
+            for fold in np.unique(folds):
+                assert set(labels[folds == fold]) == {0, 1}
+                assert not set(design.index[folds == fold]) & set(design.index[folds != fold])
 
 
 # ---- two sets ----------------------------------------------------------------------------------
