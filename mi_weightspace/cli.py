@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 refused input (one message on stderr, nothing half-written
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,10 @@ from mi_weightspace.core.errors import ConfigError, OutputError, WeightspaceErro
 from mi_weightspace.core.report import Report, check_output
 
 REFUSED, INTERRUPTED = 1, 130
+UNPRINTED = (
+    "standard output: got a disk that is full; expected a place to print to. Free space, or send "
+    "the text elsewhere; a run folder that was written by then is whole."
+)
 app = typer.Typer(
     help="Which training stage wrote this direction, into which matrix, and how sure are we?",
     no_args_is_help=True,
@@ -51,7 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code == INTERRUPTED:
             sys.stderr.write("mi-weightspace: interrupted; finished parts are kept (--resume)\n")
         return code
+    except OSError:
+        if printable():
+            raise
+        sys.stderr.write(f"mi-weightspace: {UNPRINTED}\n")
+        return REFUSED
     return 0
+
+
+def printable() -> bool:
+    """Whether standard output takes text; one that does not is given up, or Python would try once
+    more at exit."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        return False
+    return True
 
 
 def show(frame: Any, columns: Sequence[str] = (), rows: int = 20) -> None:
@@ -77,11 +99,14 @@ def _cell(value: Any) -> str:
 
 
 def finish(report: Report, out: Path, command: str, args: dict[str, Any], columns: Sequence[str],
-           frame: Any = None, *, hashed: bool = True) -> None:  # fmt: skip
-    """Save the run and print it."""
-    from mi_weightspace.commands import with_command
+           frame: Any = None, *, hashed: bool = True, journal: Path | None = None,
+           ) -> None:  # fmt: skip
+    """Save the run, for which a journal is no longer needed, and print it."""
+    from mi_weightspace import commands
 
-    saved = with_command(report, command, args, hashed=hashed).save(out)
+    saved = commands.with_command(report, command, args, hashed=hashed).save(out)
+    if journal is not None:
+        commands.clear_journal(str(journal))
     show(report.table if frame is None else frame, columns)
     for verdict in report.verdicts[:12]:
         typer.echo(str(verdict))
@@ -290,8 +315,7 @@ def svd(
     columns = ("stage", "site", "fro", "rel_fro", "rounding_flag", "spectral", "stable_rank",
                "resolved")  # fmt: skip
     rows = report.tables["sites"].sort_values("rel_fro", ascending=False)
-    finish(report, out, "svd", args, columns, rows, hashed=not no_hash)
-    commands.clear_journal(str(journal))
+    finish(report, out, "svd", args, columns, rows, hashed=not no_hash, journal=journal)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from mi_weightspace.core.components import SourceRef
 from mi_weightspace.core.direction import Direction
 from mi_weightspace.core.direction_io import load_direction, load_directions
 from mi_weightspace.core.errors import ConfigError, DirectionError, OutputError
-from mi_weightspace.core.output_io import check_new_file
+from mi_weightspace.core.output_io import check_new_file, writing
 from mi_weightspace.core.report import Report, check_output, load_report, same_frame
 from mi_weightspace.models.harvest import harvest
 from mi_weightspace.models.input_files import check_input_files, input_files
@@ -381,4 +381,5 @@ def _untimed(frame: Any) -> Any:
 
 def clear_journal(journal: str) -> None:
     """A finished sweep's journal is no longer needed: its content is in the run folder."""
-    shutil.rmtree(journal, ignore_errors=False)
+    with writing(Path(journal), "journal"):
+        shutil.rmtree(journal)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mi_weightspace.core.errors import OutputError
-from mi_weightspace.core.output_io import check_new_file, unwritable
+from mi_weightspace.core.output_io import check_new_file, staged
 from mi_weightspace.core.report import Report
 from mi_weightspace.page.answer import MEANING, Answer, answer
 from mi_weightspace.page.markup import document, json_block, table, text
@@ -55,14 +54,8 @@ def write_report(
         )
     check_new_file(target, "report")
     page = render(groups, title=title, question=question or DEFAULT_QUESTION, rerun=rerun)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with staged(target, "report") as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise unwritable(target, "report", error) from error
     return target
 
 

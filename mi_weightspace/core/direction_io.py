@@ -21,7 +21,7 @@ from torch import Tensor
 from mi_weightspace.core.direction import RAW_CONVENTION, Direction
 from mi_weightspace.core.errors import ConventionError, DirectionError
 from mi_weightspace.core.json_io import DamagedJson, take
-from mi_weightspace.core.output_io import check_new_file, unwritable
+from mi_weightspace.core.output_io import check_new_file, staged
 from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 from mi_weightspace.core.space import Space
 
@@ -58,15 +58,8 @@ def save_direction(direction: Direction | Sequence[Direction], path: str | Path)
             tensors[name] = torch.stack([getattr(r, name) for r in rows])
     arrays = {k: (v[0] if single else v).contiguous().clone() for k, v in tensors.items()}
     header = {"schema": SCHEMA, "directions": [_record(r) for r in rows]}
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with staged(target, "direction file") as partial:
         save_sealed(arrays, partial, _HEADER, header)
-        partial.rename(target)
-    except OSError as error:
-        raise unwritable(target, "direction file", error) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

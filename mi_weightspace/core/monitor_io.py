@@ -10,7 +10,7 @@ from torch import Tensor
 from mi_weightspace.core.errors import OutputError
 from mi_weightspace.core.json_io import DamagedJson, take
 from mi_weightspace.core.monitor import Bands, Watch
-from mi_weightspace.core.output_io import check_new_file, unwritable
+from mi_weightspace.core.output_io import check_new_file, staged
 from mi_weightspace.core.sealed_io import DamagedFile, load_sealed, save_sealed
 
 SCHEMA = 1
@@ -41,15 +41,8 @@ def save_bands(bands: Bands, path: str | Path) -> Path:
             for w in bands.watches
         ],
     }
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with staged(target, "bands file") as partial:
         save_sealed(arrays, partial, _HEADER, record)
-        partial.rename(target)
-    except OSError as error:
-        raise unwritable(target, "bands file", error) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -3,16 +3,14 @@
 A run folder holds ``report.json`` (schema number, kind, config, versions, input hashes, verdicts,
 hashes of the other files), ``arrays.safetensors``, ``table.parquet`` and one further
 ``table_NAME.parquet`` per extra table, and ``config.yaml``, which replays it. It is written under a
-temporary name and renamed; a killed run leaves no folder that loads. Nothing is pickled.
+temporary name and renamed; a killed run leaves no folder that loads, and what it leaves goes with
+the next run saved beside it (`output_io.stale`). Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import html
 import json
-import os
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mi_weightspace.core.errors import ConfigError, OutputError
 from mi_weightspace.core.json_io import digest_of, is_plain_name
-from mi_weightspace.core.output_io import check_place, unwritable
+from mi_weightspace.core.output_io import check_place, staged
 from mi_weightspace.core.report_record import check_files, read_files, read_record, verdicts_of
 from mi_weightspace.core.sealed_io import SEAL, file_hash, save_tensors
 from mi_weightspace.core.verdict import Verdict
@@ -128,17 +126,9 @@ class Report:
         """
         target = Path(folder)
         check_output(target)
-        staging = target.parent / f".{target.name}.{os.getpid()}.{time.time_ns()}.partial"
-        try:
-            staging.mkdir(parents=True)
-            self._write(staging)
-            if target.exists():  # empty, by check_output
-                target.rmdir()
-            staging.rename(target)
-        except OSError as error:
-            raise unwritable(target, "output folder", error) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with staged(target, "output folder") as partial:
+            partial.mkdir()
+            self._write(partial)
         return target
 
     def _write(self, folder: Path) -> None:

@@ -6,7 +6,6 @@ import copy as copying
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mi_weightspace.core.contrasts import ContrastSet
 from mi_weightspace.core.errors import CheckpointError, ConfigError
+from mi_weightspace.core.output_io import hidden, remove, remove_stale, writing
 from mi_weightspace.core.readout import Readout
 from mi_weightspace.core.seeds import derive, generator
 from mi_weightspace.models.load import without_bars
@@ -167,6 +168,7 @@ def cached(
 
     Raises:
         ConfigError: a seed that is no natural number.
+        OutputError: a cache that cannot be written, or a full disk.
     """
     if type(seed) is not int or seed < 0:
         raise ConfigError(
@@ -176,14 +178,20 @@ def cached(
     key = recipe_hash(chosen, seed)
     folder = root / f"{chosen.name}-{size}-{seed}-{key}"
     if not (folder / "truth.json").is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        staging = root / f".{folder.name}.{os.getpid()}.{time.time_ns()}.partial"
-        try:
-            with one_thread(), ticker(chosen, seed, progress) as tick:
-                write(key, staging, tick)
-            publish(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with writing(
+            root, "cache of organisms", f"Choose another (${CACHE_VARIABLE}), or free space."
+        ):
+            root.mkdir(parents=True, exist_ok=True)
+            remove_stale(root)
+            staging = hidden(folder)
+            try:
+                with one_thread(), ticker(chosen, seed, progress) as tick:
+                    write(key, staging, tick)
+                publish(staging, folder)
+            except SafetensorError as error:  # a type of its own for what the system refused
+                raise OSError(str(error)) from error
+            finally:
+                remove(staging)
     return folder, json.loads((folder / "truth.json").read_text())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mi_weightspace.core.errors import ConfigError, OutputError
+from mi_weightspace.core.output_io import writing
 from mi_weightspace.core.report_record import is_run_file
 from mi_weightspace.vpd.assemble import as_host, site_record, stored_arrays
 from mi_weightspace.vpd.config import VPDConfig, make_config, read_config
@@ -179,6 +180,8 @@ def finished_run(
         )
     if not done:
         return None
+    if rank() == 0:  # killed in `join`: all files had moved
+        shutil.rmtree(place / PARTIAL, ignore_errors=True)
     parts = kind.load(place)
     if config_hash(parts.settings) != config_hash(config):
         raise ConfigError(
@@ -191,13 +194,23 @@ def finished_run(
 
 
 def join(parts: Decomposition, place: Path) -> None:
-    """Move the report's files beside ``training/``; what makes it load comes last."""
+    """Move the report's files beside ``training/``; what makes it load comes last.
+
+    Raises:
+        OutputError: a folder that cannot be written, or a full disk.
+    """
     staging = place / PARTIAL
-    staging.mkdir(parents=True, exist_ok=True)
-    for left in staging.iterdir():  # the folder itself says what the moved files are
-        shutil.rmtree(left)
-    parts.save(staging / "run")
-    files = sorted((staging / "run").iterdir(), key=lambda p: p.name == "report.json")
-    for file in files:
-        file.replace(place / file.name)
-    shutil.rmtree(staging, ignore_errors=True)
+    with writing(place, "output folder"):
+        staging.mkdir(parents=True, exist_ok=True)
+        for left in staging.iterdir():  # the folder itself says what the moved files are
+            shutil.rmtree(left)
+        try:
+            parts.save(staging / "run")
+        except OutputError:
+            if not any(is_run_file(path.name) for path in place.iterdir()):
+                staging.rmdir()  # nothing had moved
+            raise
+        files = sorted((staging / "run").iterdir(), key=lambda p: p.name == "report.json")
+        for file in files:
+            file.replace(place / file.name)
+        shutil.rmtree(staging, ignore_errors=True)

@@ -103,13 +103,17 @@ def save_state(state: RunState, folder: Path) -> Path:
     Raises:
         OutputError: a folder that cannot be written, or a full disk; earlier checkpoints stay.
     """
+    staging = folder / f".state-{state.step:08d}.partial"
     with writing(folder, "checkpoints in"):
-        return _save_state(state, folder)
+        try:
+            return _save_state(state, folder, staging)
+        finally:
+            if rank() == 0:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
-def _save_state(state: RunState, folder: Path) -> Path:
+def _save_state(state: RunState, folder: Path, staging: Path) -> Path:
     target = folder / f"state-{state.step:08d}"
-    staging = folder / f".{target.name}.partial"
     if rank() == 0:
         sweep(folder)
         staging.mkdir(parents=True)

@@ -1,7 +1,8 @@
 """Killed runs, full disks, threads and processes: what is left is the whole result, or none.
 
 `tests/vpd/test_resume.py` kills VPD's loop inside a checkpoint, `tests/spectral/test_journal.py`
-and `test_dask.py` kill workers of a sweep; here whole runs die at every touch of their folder.
+and `test_dask.py` kill workers of a sweep; here whole runs die at every touch of their folder, or
+find no room, or no place, to write.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import trust_processes_disk
 from trust_counter import Figure
 
 import mi_weightspace as mw
@@ -23,45 +25,113 @@ from mi_weightspace.models import toy
 from mi_weightspace.spectral.svd import SvdReport
 
 HERE = Path(__file__).parent
-JOBS = ("sweep", "probe", "sae", "vpd")
 ROOT = str(HERE.parents[1])  # for `benchmarks`
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+Plan = dict[str, dict[str, int]]
+Found = list[dict[str, Any]]
+
+LONG = ["sweep", "probe", "sae", "vpd"]
+SHORT = ["dmu", "gate", "project", "diff", "page", "save"]
+WRITERS = (*LONG, *SHORT, "inoculation", "replay")
+"""Everything that writes results: ten commands, `train_sae` and `Report.save`."""
+PLAN: Plan = {
+    "kills": dict.fromkeys(LONG, 1) | {"save": 0},
+    "limits": dict.fromkeys(LONG, 2) | dict.fromkeys(SHORT, 1),
+    "disks": dict.fromkeys(("sweep", "page", "save", "organism"), 1),
+    "places": dict.fromkeys((*WRITERS, "demo", "organism"), 0),
+}
+SLOW: dict[str, Plan] = {
+    name: {kind: {name: 0} for kind in ("kills", "limits", "disks")} for name in WRITERS
+} | {
+    "inoculation": {"kills": {"inoculation": 4}, "limits": {"inoculation": 2},
+                    "disks": {"inoculation": 1}},
+    "diff": {"kills": {"diff": 20}, "limits": {"diff": 0}, "disks": {"diff": 0}},
+    "shared": {"disks": {"shared": 1}},
+}  # fmt: skip
+SAID = {
+    "kills": ("SIGKILL", "kills", "runs of sweep, probe, SAE, VPD and Report.save (slow: every "
+              "command that writes) killed at touches of their folder or moments: resumed to the "
+              "same bytes, nothing half-run loads or stays"),
+    "limits": ("full disk", "runs", "a file that can grow no more (RLIMIT_FSIZE), in every command "
+               "that writes (inoculation, replay: slow), train_sae, Report.save: one message with "
+               "place, cause and remedy, nothing half-written loads or stays, then finished to the "
+               "same bytes"),
+    "disks": ("full disk", "runs", "a disk that is full (tmpfs too small, then enlarged), under "
+              "sweep, page, Report.save and the cache of organisms (slow: all; few files as well)"),
+    "places": ("read-only output", "places", "a file, below a file, a folder without rights, a "
+               "read-only file system, an empty folder on it: given to every command with --out, "
+               "train_sae, Report.save and the cache of organisms: refused before models are read"),
+}  # fmt: skip
 
 
-def lives(jobs: tuple[str, ...], folder: Path, each: int, seed: int) -> list[dict[str, Any]]:
-    script = HERE / "trust_processes_lives.py"
-    command = [sys.executable, str(script), str(folder), ",".join(jobs), str(each), str(seed)]
+def lives(plan: Plan, folder: Path, seed: int) -> Found:
+    mounts = trust_processes_disk.command()
+    script = str(HERE / "trust_processes_lives.py")
+    whole = {**plan, "seed": seed, "mounts": isinstance(mounts, tuple)}
+    if isinstance(mounts, str):
+        del whole["disks"]
+    command = [*(mounts if isinstance(mounts, tuple) else ()), sys.executable, script, str(folder)]
+    command.append(json.dumps(whole))
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def counted(found: list[dict[str, Any]], least: int) -> None:
-    """The figures of `lives`."""
-    said = "sweep, probe, SAE and VPD runs killed at touches of their folder or moments: resumed"
-    with Figure("SIGKILL", "kills", f"{said} to the same bytes, nothing half-run loads") as figure:
+def counted(kind: str, found: Found, least: int) -> None:
+    """The figure of a kind of case."""
+    with Figure(*SAID[kind]) as figure:
         for job in found:
-            figure.add(count=job["kills"])
-            figure.problems += job["problems"]
-    said = "a file that can grow no more (RLIMIT_FSIZE), in sweep, probe, SAE and VPD runs: refused"
-    with Figure("full disk", "runs", f"{said} with place and remedy, then finished") as full:
-        for job in found:
-            full.add(count=job["full"])
-            full.problems += job["full_problems"]
-    assert figure.count >= least and full.count >= 2 * len(found)
+            tally = job["found"].get(kind, {"count": 0, "problems": [], "cpu_seconds": 0.0})
+            figure.count += tally["count"]
+            figure.problems += tally["problems"]
+            figure.elsewhere += tally["cpu_seconds"]
+            if tally["cpu_seconds"] < 0.01 * tally["count"]:
+                figure.problems.append(f"{job['name']}: lives whose seconds nobody counted")
+    assert figure.count >= least
 
 
-def test_killed_runs_and_full_disks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     pytest.importorskip("sae_lens")
-    counted(lives(JOBS, tmp_path, 1, 0), 6)
+    return lives(PLAN, tmp_path_factory.mktemp("lives"), 0)
+
+
+def test_killed_runs(found: Found) -> None:
+    counted("kills", found, 16)
+
+
+def test_files_that_cannot_grow(found: Found) -> None:
+    counted("limits", found, 13)
+
+
+def test_full_disks(found: Found) -> None:
+    unmounted()
+    counted("disks", found, 4)
+
+
+def test_read_only_places(found: Found) -> None:
+    counted("places", found, 3 * len(PLAN["places"]))
+
+
+def unmounted() -> None:
+    """Skip where no disk can be made."""
+    why = trust_processes_disk.command()
+    if isinstance(why, str):
+        pytest.skip(why)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
-def test_killed_at_every_touch(job: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", SLOW)
+def test_every_touch_and_every_size(job: str, tmp_path: Path) -> None:
     if job == "sae":
         pytest.importorskip("sae_lens")
-    counted(lives((job,), tmp_path, 0, 1), 12)
+    if job == "shared":
+        unmounted()
+    plan = SLOW[job]
+    found = lives(plan, tmp_path, 1)
+    for kind in plan:
+        if kind != "disks" or not isinstance(trust_processes_disk.command(), str):
+            counted(kind, found, 1)
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Figure:
         name: of the figure; parts of one figure in several tests share it and are summed.
         unit: what is counted (``folders``, ``strings``).
         tried: one sentence for the table.
+        elsewhere: CPU seconds spent for it before it was entered, or by processes not waited for.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Figure:
     count: int = 0
     problems: list[str] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)
+    elsewhere: float = 0.0
     began: float = 0.0
     began_cpu: float = 0.0
 
@@ -91,7 +93,7 @@ class Figure:
             "failures": len(self.problems),
             "first_problems": self.problems[:5],
             "seconds": time.perf_counter() - self.began,
-            "cpu_seconds": cpu_seconds() - self.began_cpu,
+            "cpu_seconds": cpu_seconds() - self.began_cpu + self.elsewhere,
             "notes": self.notes,
         }
         place = Path(folder)

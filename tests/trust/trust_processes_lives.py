@@ -1,8 +1,10 @@
-"""Runs that are killed, each in a forked process of its own; as a script, the process that forks.
+"""Runs that are killed, or whose disk is full or read-only, each in a forked process of its own; as
+a script, the process that forks.
 
 A life dies by SIGKILL at its n-th touch of the folder it writes to (open, rename, remove, mkdir:
 Python's audit events), before the operation, or after some CPU time. What the next life with
-``--resume`` ends in is compared with an undisturbed run, byte by byte, times left out.
+``--resume`` ends in is compared with an undisturbed run, byte by byte, times left out. So is what a
+life ends in that finds room where the last one found none.
 """
 
 from __future__ import annotations
@@ -17,115 +19,27 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
+from trust_counter import cpu_seconds
+from trust_processes_disk import LARGE, disk, mount, ordinary
+from trust_processes_jobs import JOBS, Job, ground
 
-import mi_weightspace as mw
-import probes
-from mi_weightspace.cli import main as command_line
-from mi_weightspace.core.contrasts import Contrast, ContrastSet, Pair
 from mi_weightspace.core.errors import OutputError, WeightspaceError
-from mi_weightspace.models import toy
 from mi_weightspace.models.arithmetic import worthwhile
-from mi_weightspace.models.backends.torch_hooks import TorchLens
-from probes.sae_disk import read_folder
-from probes.sae_train import train_sae
 
 TOUCHES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 NEVER = 1 << 30
-VPD_SETTINGS = """\
-n_components: 32
-n_steps: 6
-batch_size: 2
-warmup_steps: 2
-log_every: 1
-checkpoint_every: 2
-importance: {hidden: [8]}
-"""
-
-
-# ---- what is run -------------------------------------------------------------------------------
-def ground(folder: Path) -> Path:
-    """Tiny checkpoints, prompts and tokens."""
-    for seed, stage in enumerate(("base", "sft")):
-        toy.save_tiny("llama", folder / stage, seed=seed)
-    toy.save_tiny("gpt2", folder / "gpt2", seed=0)
-    draw = random.Random(0)
-
-    def contrast(name: str, kind: Any) -> Contrast:
-        def text() -> str:
-            return " ".join(f"word{draw.randrange(40)}" for _ in range(4)) + " word1 word2"
-
-        pairs = (Pair(f"i{i}", text(), text(), wording_id=f"v{i % 2}") for i in range(8))
-        return Contrast(name, kind, tuple(pairs))
-
-    contrasts = (contrast("target", "target"), *(contrast(f"c{i}", "control") for i in range(3)))
-    probes.to_jsonl(ContrastSet("set", contrasts), folder / "prompts.jsonl")
-    np.save(folder / "ids.npy", np.random.default_rng(0).integers(4, 300, (12, 8)))
-    (folder / "vpd.yaml").write_text(VPD_SETTINGS)
-    return folder
-
-
-def said(*arguments: object) -> int:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return command_line([str(a) for a in arguments])
-
-
-def sweep(given: Path, out: Path) -> int:
-    sites = "blocks.*.mlp.*"
-    return said("svd", given / "base", given / "sft", "--sites", sites, "--rank", 3, "--resume",
-                "--quiet", "--out", out)  # fmt: skip
-
-
-def probe(given: Path, out: Path) -> int:
-    return said("probe", given / "base", "--prompts", given / "prompts.jsonl", "--quiet",
-                "--out", out)  # fmt: skip
-
-
-def vpd(given: Path, out: Path) -> int:
-    return said("vpd", given / "gpt2", "--tokens", given / "ids.npy", "--sites", "blocks.1.attn.v",
-                "--ladder", 2, "--config", given / "vpd.yaml", "--quiet", "--resume",
-                "--out", out)  # fmt: skip
-
-
-def sae(given: Path, out: Path) -> int:
-    lens = TorchLens(toy.tiny_model("llama"), None)
-    draw = torch.Generator().manual_seed(5)
-    ids = [tuple(torch.randint(20, 60, (9,), generator=draw).tolist()) for _ in range(40)]
-    train_sae(lens, ids, "resid_post.1", d_sae=48, steps=30, batch=64, checkpoint_every=6,
-              folder=out, resume=True, progress=False)  # fmt: skip
-    return 0
-
-
-def loaded_report(out: Path) -> object:
-    return mw.load_report(out)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Something to kill.
-
-    Attributes:
-        run: (ground, output folder) -> exit code; goes on with what is in the folder.
-        read: loads a finished folder; refuses any other.
-    """
-
-    run: Callable[[Path, Path], int]
-    read: Callable[[Path], object]
-
-
-JOBS = {
-    "sweep": Job(sweep, loaded_report),
-    "probe": Job(probe, loaded_report),
-    "sae": Job(sae, read_folder),
-    "vpd": Job(vpd, loaded_report),
-}
+PAGE = 4096
+UNLIMITED = resource.RLIM_INFINITY
+KINDS = ("kills", "limits", "disks", "places")
+PLACES = ("file", "below a file", "rights", "mount", "mount, empty")
 
 
 # ---- what it ends in ---------------------------------------------------------------------------
@@ -143,10 +57,11 @@ def timeless(file: Path) -> bytes:
         record = json.loads(file.read_text())
         for key in ("timings", "sha256"):
             del record[key]
-        record["files"].pop("table_history.parquet", None)  # has a column of seconds
+        for name in ("table_history.parquet", "table.parquet"):  # may have a column of seconds
+            record["files"].pop(name, None)
         return json.dumps(record).encode()
-    if file.name == "table_history.parquet":
-        return pd.read_parquet(file).drop(columns="seconds").to_csv().encode()
+    if file.suffix == ".parquet":
+        return pd.read_parquet(file).drop(columns="seconds", errors="ignore").to_csv().encode()
     if file.name == "metrics.jsonl":
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         return json.dumps([{k: line[k] for k in line if k != "seconds"} for line in lines]).encode()
@@ -170,41 +85,42 @@ def live(
     out: Path,
     *,
     dies_at: int = NEVER,
-    largest: int | None = None,
     count: Path | None = None,
+    note: Path | None = None,
+    before: Callable[[], None] | None = None,
 ) -> int:
     """Fork a process that runs the job; its id. It dies at touch `dies_at` of ``out.parent``.
 
     Args:
-        largest: bytes at which a file can grow no more, as on a full disk (``RLIMIT_FSIZE``); what
-            the life says is then in ``out.parent.parent / "said"``, which may be larger.
         count: file for the number of touches of a life that ends by itself.
+        note: file for what a life says that is refused, and whether it had opened a model.
+        before: what is done first, in the life.
     """
     child = os.fork()
     if child:
         return child
-    seen, root = [0], str(out.parent)
+    seen, models, root = [0], [0], str(out.parent)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        inside = any(isinstance(a, str) and root in a for a in map(_path, arguments))
+        names = [a for a in map(_path, arguments) if isinstance(a, str)]
+        models[0] += event == "open" and any(_is_model(name, given) for name in names)
         removed = event in ("os.remove", "os.rmdir") and arguments[-1] != -1  # of a tree
-        if removed or (event in TOUCHES and inside):
+        if removed or (event in TOUCHES and any(root in name for name in names)):
             seen[0] += 1
             if seen[0] == dies_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    code, words = 70, io.StringIO()
+    code = 70
     try:
+        if before is not None:
+            before()
         sys.addaudithook(hook)
-        if largest is not None:
-            free = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, free[1]))
-            with contextlib.redirect_stderr(words):
-                code = refused(job, given, out)
-            resource.setrlimit(resource.RLIMIT_FSIZE, free)
-            (out.parent.parent / "said").write_text(words.getvalue())
-        else:
+        if note is None:
             code = job.run(given, out)
+        else:
+            code, words = refused(job, given, out)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (UNLIMITED, UNLIMITED))
+            note.write_text(json.dumps({"words": words, "models": models[0]}))
         if count is not None:
             count.write_text(str(seen[0]))
     finally:
@@ -212,13 +128,25 @@ def live(
         os._exit(code)
 
 
-def refused(job: Job, given: Path, out: Path) -> int:
-    """Run a job; 1 for a refusal, whose words go to stderr."""
-    try:
-        return job.run(given, out)
-    except OutputError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+def refused(job: Job, given: Path, out: Path) -> tuple[int, str]:
+    """Run a job; 1 for a refusal, and what it says."""
+    words = io.StringIO()
+    with contextlib.redirect_stderr(words):
+        try:
+            return job.run(given, out), words.getvalue()
+        except OutputError as error:
+            return 1, words.getvalue() + f"{error}\n"
+        except Exception:  # noqa: BLE001 — what a user would see
+            return 1, words.getvalue() + traceback.format_exc()
+
+
+def at_most(size: int) -> Callable[[], None]:
+    """A file can grow no more than to `size`, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, UNLIMITED))
+
+
+def _is_model(name: str, given: Path) -> bool:
+    return name.startswith(str(given)) and name.endswith("config.json")
 
 
 def _path(value: Any) -> Any:
@@ -242,119 +170,218 @@ def killed_after(child: int, seconds: float) -> int:
 
 
 @dataclass
-class Trial:
-    """One job's reference, and what its killed runs did.
+class Tally:
+    """One figure of a job: cases, problems and the CPU seconds of both."""
 
-    Attributes:
-        kills: lives that were killed.
-        problems: everything that was not as it must be.
-    """
+    count: int = 0
+    problems: list[str] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        begun = cpu_seconds()
+        yield
+        self.cpu_seconds += cpu_seconds() - begun
+
+
+@dataclass
+class Trial:
+    """One job's reference, and what its disturbed runs did."""
 
     name: str
     given: Path
     place: Path
-    kills: int = 0
     touches: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.job, self.problems = JOBS[self.name], list[str]()
+        self.job = JOBS[self.name]
+        self.found = {kind: Tally() for kind in KINDS}
+
+    def reference(self) -> None:
+        """The undisturbed run."""
         out, count = self.place / "whole" / "out", self.place / "touches"
         out.parent.mkdir(parents=True)
         begun = os.times()
-        assert ended(live(self.job, self.given, out, count=count)) == 0
-        spent = os.times()
-        self.seconds = spent.children_user - begun.children_user
+        assert ended(live(self.job, self.given, out, count=count)) == 0, self.name
+        self.seconds = os.times().children_user - begun.children_user
         self.touches, self.whole = int(count.read_text()), content(out.parent)
+        self.sizes = sorted({p.stat().st_size for p in out.rglob("*") if p.is_file()} - {0})
+        pages = [-(-p.stat().st_size // PAGE) for p in out.rglob("*") if p.is_file()]
+        self.need = PAGE * sum(pages)
 
-    def one(self, label: str, moment: float) -> None:
+    # ---- killed ----
+    def kill(self, label: str, moment: float) -> None:
         """Killed at a touch (a whole number) or after some seconds, then run to the end."""
         out = self.place / label / "out"
         out.parent.mkdir(parents=True)
         at = moment if isinstance(moment, int) else NEVER
         child = live(self.job, self.given, out, dies_at=at)
         code = ended(child) if at < NEVER else killed_after(child, moment)
+        tally = self.found["kills"]
         if code == -signal.SIGKILL:
-            self.kills += 1
-            self._check(f"{self.name}, {label}", out.parent)
+            tally.count += 1
+            tally.problems += self._loaded(f"{self.name}, {label}", out.parent)
         elif code or at < NEVER:
-            self.problems.append(f"{self.name}, {label}: ended by itself, exit code {code}")
-        self._finish(label, out)
+            tally.problems.append(f"{self.name}, {label}: ended by itself, exit code {code}")
+        tally.problems += self._finish(label, out)
 
-    def full(self, label: str, largest: int, place: Path | None = None) -> None:
-        """A disk that is full, then not any more: a refusal that names place and remedy."""
-        out = self.place / label / "run" / "out" if place is None else place
-        if place is None:
-            out.parent.mkdir(parents=True)
-        code = ended(live(self.job, self.given, out, largest=largest))
-        note = out.parent.parent / "said"
-        words = note.read_text() if note.exists() else ""
-        self.kills += 1
-        name = f"{self.name}, {label}"
-        if code != 1 or "Traceback" in words:
-            self.problems.append(f"{name}: exit code {code}, {words[-300:]}")
-        elif str(out.parent) not in words or "free space" not in words:
-            self.problems.append(f"{name}: does not say where or what to do: {words[:300]}")
-        if readable(self.job, out.parent):
-            self.problems.append(f"{name}: half a run loads")
-        hidden = (".partial", ".tmp")
-        left = [p for p in out.parent.rglob("*") if p.is_file() and p.name.endswith(hidden)]
-        if left:
-            self.problems.append(f"{name}: left behind {left}")
-        self._finish(label, out)
+    # ---- no room ----
+    def full(self, label: str, largest: int) -> None:
+        """No file can grow beyond `largest`; then it can."""
+        self._no_room("limits", label, None, at_most(largest), "File too large")
 
-    def _finish(self, label: str, out: Path) -> None:
+    def full_disk(self, label: str, options: str) -> None:
+        """A small disk (options of tmpfs), which becomes larger."""
+        self._no_room("disks", label, options, None, "No space left on device")
+
+    def _no_room(
+        self, kind: str, label: str, options: str | None, before: Any, happened: str
+    ) -> None:
+        place, note = self.place / label / "run", self.place / label / "said.json"
+        out, name, tally = place / "out", f"{self.name}, {label}", self.found[kind]
+        with disk(place, options):
+            tally.count += 1
+            code = ended(live(self.job, self.given, out, note=note, before=before))
+            tally.problems += said_once(name, code, note, place, (happened, "ree space"))
+            if readable(self.job, place):
+                tally.problems.append(f"{name}: half a run loads")
+            tally.problems += [f"{name}: left behind {p}" for p in hidden(place)]
+            if options is not None:
+                mount(place, LARGE)
+            tally.problems += self._finish(label, out)
+
+    # ---- read-only ----
+    def read_only(self, label: str) -> None:
+        """A place of one kind of `PLACES` that cannot be written; refused before any work."""
+        place, note = self.place / label / "run", self.place / label / "said.json"
+        out, name, tally = place / "out", f"{self.name}, {label}", self.found["places"]
+        mounted = label.startswith("mount")
+        with disk(place, "size=1m" if mounted else None):
+            if label in ("file", "below a file"):
+                out.write_text("mine")
+            elif label != "mount":
+                out.mkdir()
+            if mounted:
+                mount(place, "ro")
+            if label == "rights":
+                out.chmod(0o555)
+            target = out / "below" if label in ("below a file", "rights") else out
+            before, there = ordinary if label == "rights" else None, listed(place)
+            tally.count += 1
+            code = ended(live(self.job, self.given, target, note=note, before=before))
+            tally.problems += said_once(name, code, note, place, ("Choose another",))
+            if listed(place) != there:
+                tally.problems.append(f"{name}: left {set(listed(place)) - set(there)}")
+            if note.exists() and json.loads(note.read_text())["models"]:
+                tally.problems.append(f"{name}: models were opened first")
+
+    # ---- afterwards ----
+    def _finish(self, label: str, out: Path) -> list[str]:
         """Run to the end; what is there then is what an undisturbed run leaves."""
-        if not self._done(out):
+        problems = []
+        if self.job.again or out not in readable(self.job, out):
             code = ended(live(self.job, self.given, out))
             if code:
-                self.problems.append(f"{self.name}, {label}: could not go on, exit code {code}")
-        differing = {k for k in self.whole if content(out.parent).get(k) != self.whole[k]}
+                problems.append(f"{self.name}, {label}: could not go on, exit code {code}")
+        own = content(out.parent)
+        differing = {k for k in self.whole if own.get(k) != self.whole[k]}
         if differing:
-            self.problems.append(f"{self.name}, {label}: {sorted(differing)} are not the same")
-        left = [k for k in content(out) if k not in {name[4:] for name in self.whole}]
+            problems.append(f"{self.name}, {label}: {sorted(differing)} are not the same")
+        left = [k for k in content(out) if f"out/{k}" not in self.whole]
+        left += [str(p.relative_to(out.parent)) for p in hidden(out.parent)]
         if left:
-            self.problems.append(f"{self.name}, {label}: left behind {left}")
+            problems.append(f"{self.name}, {label}: left behind {left}")
+        return problems
 
-    def _done(self, out: Path) -> bool:
-        return out in readable(self.job, out) and self.name not in {"sae", "vpd"}
-
-    def _check(self, label: str, place: Path) -> None:
+    def _loaded(self, label: str, place: Path) -> list[str]:
         """What loads now is the finished run, whole."""
+        problems = []
         for folder in readable(self.job, place):
             own = content(folder)
             wanted = {k[4:]: v for k, v in self.whole.items() if not k.startswith("out/training/")}
             if any(own.get(k) != v for k, v in wanted.items() if own.get(k) or k[0] != "."):
-                self.problems.append(f"{label}: {folder.name} loads, and is not the whole run")
+                problems.append(f"{label}: {folder.name} loads, and is not the whole run")
+        return problems
 
 
-def trials(names: list[str], place: Path, *, each: int, seed: int) -> list[dict[str, Any]]:
-    """About `each` runs killed at touches spread over all of them (0: every one), and a third as
-    many at moments; and two full disks (0: one for each size of file). Every run has a folder of
-    its own."""
+def said_once(name: str, code: int, note: Path, place: Path, needed: tuple[str, ...]) -> list[str]:
+    """A refusal: exit code 1 and one message, with the place and whatever else it needs."""
+    if code != 1 or not note.exists():
+        return [f"{name}: exit code {code}"]
+    words = json.loads(note.read_text())["words"].strip()
+    if "Traceback" in words or len(words.splitlines()) != 1:
+        return [f"{name}: not one message: {words[-400:]}"]
+    absent = [part for part in (str(place), *needed) if part not in words]
+    return [f"{name}: does not say {absent}: {words[:400]}"] if absent else []
+
+
+def hidden(place: Path) -> list[Path]:
+    """What writers call what is not finished."""
+    return [p for p in place.rglob("*") if p.name.endswith((".partial", ".tmp"))]
+
+
+def listed(place: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in place.rglob("*")}
+
+
+# ---- the script --------------------------------------------------------------------------------
+def trials(plan: dict[str, Any], place: Path) -> list[dict[str, Any]]:
+    """Every job of a plan, each run in a folder of its own.
+
+    Args:
+        plan: ``seed``; ``mounts``, whether this process may; and by kind of `KINDS` the names of
+            jobs, each with how many cases of it (0: all of them), see `run`.
+    """
+    before = cpu_seconds()
     given = ground(place / "ground")
-    found = []
-    for name in names:
-        trial, draw = Trial(name, given, place / name), random.Random(f"{seed} {name}")
-        step = max(1, trial.touches // each) if each else 1
+    spent, found = cpu_seconds() - before, []
+    for name in JOBS:
+        asked = [kind for kind in KINDS if name in plan.get(kind, ())]
+        if not asked:
+            continue
+        trial = Trial(name, given, place / name)
+        with trial.found[asked[0]].timed():
+            if asked != ["places"]:
+                trial.reference()
+        for kind in asked:
+            with trial.found[kind].timed():
+                draw = random.Random(f"{plan['seed']} {name}")
+                run(trial, kind, draw, plan[kind][name], plan["mounts"])
+        tallies = {kind: vars(trial.found[kind]) for kind in asked}
+        found.append({"name": name, "touches": trial.touches, "found": tallies})
+    next(iter(found[0]["found"].values()))["cpu_seconds"] += spent
+    return found
+
+
+def run(trial: Trial, kind: str, draw: random.Random, n: int, mounts: bool) -> None:
+    """Cases of a kind. Killed: at about `n` touches spread over all, and at a third as many
+    moments. Limits: the largest file is too large; then the least; all. Disks: of half of what is
+    written; all: of several shares of it, and for few files."""
+    if kind == "kills":
+        step = max(1, trial.touches // n) if n else 1
         touches = range(1 + draw.randrange(step), trial.touches + 1, step)
         for at in touches:
-            trial.one(f"touch-{at}", at)
+            trial.kill(f"touch-{at}", at)
         for k in range(max(1, len(touches) // 3)):
-            trial.one(f"time-{k}", draw.uniform(0.05, 0.9) * trial.seconds)
-        kills, killed = trial.kills, list(trial.problems)
-        out = place / name / "whole" / "out"
-        sizes = sorted({p.stat().st_size for p in out.rglob("*") if p.is_file()} - {0})
-        for size in [sizes[0], sizes[-1]] if each else sizes:
+            trial.kill(f"time-{k}", draw.uniform(0.05, 0.9) * trial.seconds)
+    elif kind == "limits":
+        sizes = sorted({trial.sizes[-1], *trial.sizes[: n - 1]}) if n else trial.sizes
+        for size in sizes:
             trial.full(f"full-{size - 1}", size - 1)
-        found.append({"name": name, "touches": trial.touches, "seconds": trial.seconds,
-                      "kills": kills, "problems": killed, "full": trial.kills - kills,
-                      "full_problems": trial.problems[len(killed):]})  # fmt: skip
-    return found
+    elif kind == "disks":
+        for share in (50,) if n else (5, 20, 35, 50, 65, 80, 95):
+            pages = max(1, trial.need * share // 100 // PAGE)
+            trial.full_disk(f"disk-{share}", f"size={pages * PAGE}")
+        for files in () if n else (2, 3, 4, 6):  # and folders, the disk's own among them
+            trial.full_disk(f"files-{files}", f"size=64m,nr_inodes={files}")
+    else:
+        for label in PLACES:
+            if mounts or not label.startswith("mount"):
+                trial.read_only(label)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     worthwhile()  # asked once: every life inherits the answer, and what is imported here
-    folder, jobs, n_each, first_seed = sys.argv[1:]
-    print(json.dumps(trials(jobs.split(","), Path(folder), each=int(n_each), seed=int(first_seed))))
+    print(json.dumps(trials(json.loads(sys.argv[2]), Path(sys.argv[1]))))
