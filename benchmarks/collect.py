@@ -25,6 +25,7 @@ PAGES = {
     "A step of VPD": "vpd_step.md",
     "VPD of a large difference": "diff_vpd_scale.md",
     "Reliability": "trust.md",
+    "Calibration of every p": "p_calibration.md",
 }
 LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "safetensors")
 
