@@ -307,14 +307,24 @@ class _Bench:
             progress=progress,
         )
 
+    @property
+    def in_sample(self) -> bool:
+        """Whether the direction is of this contrast and these pairs are those that fit it."""
+        own = self.direction.label == self.target.name
+        return own and any(p.split == "fit" for p in self.pairs)
+
+    @property
+    def held_out_p(self) -> float:
+        """What the direction's fit stored; NaN for one given without."""
+        return float(self.direction.fit.get("p_adjusted", math.nan))
+
     def facts(self) -> dict[str, Any]:
         """Sizes of the run, and whether the direction tells the two sides apart at all."""
         clusters = [p.cluster_id for p in self.pairs]
-        own = self.direction.label == self.target.name and any(p.split == "fit" for p in self.pairs)
+        known = self.held_out_p
         score, p = detection(
-            self.values, self.direction, clusters, in_sample=own, seed=self.asked.seed
+            self.values, self.direction, clusters, in_sample=self.in_sample, seed=self.asked.seed
         )
-        known = float(self.direction.fit.get("p_adjusted", math.nan))
         detects = p <= DETECTION_P or known <= DETECTION_P
         return {
             "ablation": self.asked.ablation,
@@ -359,6 +369,11 @@ class _Bench:
         if other and other != self.lens.fingerprint:
             found.append(
                 f"The direction was fitted on other weights (stage {self.direction.stage!r})."
+            )
+        if self.in_sample and math.isnan(self.held_out_p):
+            found.append(
+                "`p_detection` is of pairs the direction may have been fitted on, and no held-out p "
+                "is stored with it: noise passes too."
             )
         if not self.controls:
             found.append("No control contrasts: specificity rests on side effects alone.")

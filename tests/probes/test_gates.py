@@ -427,15 +427,19 @@ def test_a_direction_of_these_pairs_is_detected_by_its_own_held_out_p() -> None:
             ),
         ),
     )
-    known = probes.gate(lens, own, prompts, **small()).verdicts[0].evidence["p_detection"]
-    assert known == 0.4
+    known = probes.gate(lens, own, prompts, **small())
+    assert known.verdicts[0].evidence["p_detection"] == 0.4
+    assert not any("noise passes" in text for text in known.reservations)
     for direction, asked in (
         (some_direction(lens), prompts),
         (replace(own, label="another"), prompts),
         (own, elsewhere),
     ):
-        found = probes.gate(lens, direction, asked, **small()).verdicts[0].evidence["p_detection"]
+        report = probes.gate(lens, direction, asked, **small())
+        found = report.verdicts[0].evidence["p_detection"]
         assert isinstance(found, float) and found != 0.4 and (1000 * found) % 1 < 1e-6
+        circular = not direction.fit and asked is prompts
+        assert any("noise passes" in text for text in report.reservations) == circular
 
 
 def test_variants_run_and_few_pairs_are_underpowered_but_saved(tmp_path: Path) -> None:
