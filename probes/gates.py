@@ -372,8 +372,8 @@ class _Bench:
             )
         if self.in_sample and math.isnan(self.held_out_p):
             found.append(
-                "`p_detection` is of pairs the direction may have been fitted on, and no held-out p "
-                "is stored with it: noise passes too."
+                "`p_detection` is of pairs the direction may have been fitted on; no held-out p is "
+                "stored with it, so noise passes too."
             )
         if not self.controls:
             found.append("No control contrasts: specificity rests on side effects alone.")

@@ -210,7 +210,7 @@ def loaded_report(out: Path) -> object:
 
 def loaded_page(out: Path) -> object:
     """A page that is whole, in a folder of any name, hidden or not."""
-    for path in out.iterdir():
+    for path in out.glob("*"):
         if path.is_file() and path.read_text("utf-8", "replace").rstrip().endswith("</html>"):
             return path
     raise OutputError(f"page in {out}", given="none", expected="one", remedy="Write it.")
