@@ -209,8 +209,8 @@ def loaded_report(out: Path) -> object:
 
 
 def loaded_page(out: Path) -> object:
-    """A page that is whole, in a folder of any name, hidden or not."""
-    for path in out.glob("*"):
+    """A page that is whole."""
+    for path in out.glob("*.html"):
         if path.is_file() and path.read_text("utf-8", "replace").rstrip().endswith("</html>"):
             return path
     raise OutputError(f"page in {out}", given="none", expected="one", remedy="Write it.")

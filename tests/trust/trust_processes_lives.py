@@ -208,7 +208,7 @@ class Trial:
         self.touches, self.whole = int(count.read_text()), content(out.parent)
         self.sizes = sorted({p.stat().st_size for p in out.rglob("*") if p.is_file()} - {0})
         pages = [-(-p.stat().st_size // PAGE) for p in out.rglob("*") if p.is_file()]
-        self.need = PAGE * sum(pages)
+        self.need, self.entries = PAGE * sum(pages), len(list(out.parent.rglob("*")))
 
     # ---- killed ----
     def kill(self, label: str, moment: float) -> None:
@@ -374,7 +374,8 @@ def run(trial: Trial, kind: str, draw: random.Random, n: int, mounts: bool) -> N
             pages = max(1, trial.need * share // 100 // PAGE)
             trial.full_disk(f"disk-{share}", f"size={pages * PAGE}")
         for files in () if n else (2, 3, 4, 6):  # and folders, the disk's own among them
-            trial.full_disk(f"files-{files}", f"size=64m,nr_inodes={files}")
+            if files <= trial.entries:
+                trial.full_disk(f"files-{files}", f"size=64m,nr_inodes={files}")
     else:
         for label in PLACES:
             if mounts or not label.startswith("mount"):
