@@ -72,9 +72,15 @@ def lives(plan: Plan, folder: Path, seed: int) -> Found:
         del whole["disks"]
     command = [*(mounts if isinstance(mounts, tuple) else ()), sys.executable, script, str(folder)]
     command.append(json.dumps(whole))
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    # to a file: workers that outlive a killed run would hold a pipe open for minutes
+    said = folder / "said.txt"
+    with said.open("w") as file:
+        done = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, check=False
+        )
+    words = said.read_text()
+    assert done.returncode == 0, words[-3000:]
+    return json.loads(words.splitlines()[-1])
 
 
 def counted(kind: str, found: Found, least: int) -> None:
